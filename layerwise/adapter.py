@@ -1,0 +1,92 @@
+"""`ModalityAdapter`: how raw rows become tensors, and how outputs become the one tensor that a task reads.
+
+Structure (where the layers are) is not the adapter's business: see `layerwise.structure`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from layerwise import trees
+from layerwise.data import Batch, Row
+from layerwise.errors import UserModelError
+from layerwise.registry import Registry
+from layerwise.task import Classification, Fidelity, Task
+
+PREFERRED = ("logits", "pred_logits", "text_embeds", "pooler_output", "last_hidden_state")
+
+
+class ModalityAdapter(ABC):
+    """Frozen dataclass of settings (tokenizer, transform, sizes); one instance belongs to one model."""
+
+    modality: ClassVar[str]
+    priority: ClassVar[int] = 0  # where several claim a module, the highest wins
+
+    @classmethod
+    @abstractmethod
+    def claims(cls, module: nn.Module) -> bool:
+        """Whether this adapter knows how to feed `module`, judged without importing anything heavy."""
+
+    @classmethod
+    @abstractmethod
+    def of(cls, module: nn.Module, folder: Path | None = None) -> ModalityAdapter:
+        """The adapter for `module`; `folder` may hold its tokenizer or preprocessing settings."""
+
+    @abstractmethod
+    def collate(self, rows: Sequence[Row]) -> Batch:
+        """Raw rows (dicts of column → value) to one batch. Raises `DataError` naming the row."""
+
+    def example(self, module: nn.Module) -> Batch | None:
+        """A small valid batch made from nothing, to trace the model with; None where that cannot be known."""
+        return None
+
+    def output(self, raw: Any) -> Tensor:
+        """The tensor that tasks read. Raises `UserModelError` (LW-U78) when the forward gave none."""
+        return main_tensor(raw)
+
+    def default_task(self, module: nn.Module, batch: Batch, output: Tensor) -> Task:
+        """With labels, classification; without, fidelity to the model's own outputs."""
+        return Classification() if batch.labels is not None and output.dim() == 2 else Fidelity()
+
+    def save(self, folder: Path) -> None:
+        """Writes what `of(module, folder)` needs to come back (tokenizer, transform); nothing by default."""
+
+
+ADAPTERS: Registry[ModalityAdapter] = Registry("modality adapter", "layerwise.adapters")
+
+
+def adapter_for(module: nn.Module, folder: Path | None = None) -> ModalityAdapter:
+    """The adapter that claims `module` with the highest priority (the plain tensor adapter claims everything)."""
+    claiming = [cls for cls in ADAPTERS.values() if cls.claims(module)]
+    return max(claiming, key=lambda cls: cls.priority).of(module, folder)
+
+
+def main_tensor(raw: Any) -> Tensor:
+    """A tensor itself; of a mapping the field that carries the result; else the first floating-point tensor."""
+    if isinstance(raw, Tensor):
+        return raw
+    if isinstance(raw, Mapping):
+        for key in PREFERRED:
+            if isinstance(raw.get(key), Tensor):
+                return raw[key]
+    for _, tensor in trees.tensors(raw):
+        if tensor.is_floating_point():
+            return tensor
+    raise UserModelError(
+        f"The forward gave {type(raw).__name__} without a floating-point tensor.",
+        remedy="Return a tensor, a tuple or a dict of tensors.",
+        code="LW-U78",
+    )
+
+
+def library_of(module: nn.Module) -> set[str]:
+    """The top-level packages of the module's classes: which library it comes from, without importing that library."""
+    return {cls.__module__.partition(".")[0] for cls in type(module).__mro__} - {"torch", "builtins"}
+
+
+__all__ = ["ADAPTERS", "ModalityAdapter", "adapter_for", "library_of", "main_tensor"]

@@ -1,0 +1,184 @@
+"""`ImportanceReport`: several methods' scores of one model side by side, how far they agree, and what they say together."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from layerwise.errors import CorruptRun, UsageError, nearest
+from layerwise.scores import LayerScore, Scores, Status
+
+FORMAT = 1
+COLUMNS = [
+    "layer", "index", "kind", "parameters", "method", "score", "stderr", "rank", "status", "reason", "seconds", "samples",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """A layer as plain data: what remains of it in a saved report."""
+
+    name: str
+    index: int
+    kind: str
+    parameters: int
+    skippable: bool
+    group: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Spearman rank correlation of two methods with a bootstrap interval over layers, and the number of layers compared."""
+
+    first: str
+    second: str
+    rho: float
+    low: float
+    high: float
+    layers: int
+
+
+@dataclass(frozen=True)
+class RemovalCurve:
+    """Measured: the `metric` when the first k layers of `order` are skipped, k = 0 … len(order)."""
+
+    metric: str
+    order: tuple[str, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ImportanceReport:
+    """Scores of `methods` × `layers` for one model, task and data set; plain frozen data, saved as JSON."""
+
+    model: str
+    task: str
+    data: str
+    layers: tuple[LayerInfo, ...]
+    scores: Mapping[str, Scores]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    removal: RemovalCurve | None = None
+    fingerprint: str = ""
+    domain: str = ""
+    seed: int = 0
+    device: str = "cpu"
+
+    def __getitem__(self, method: str) -> Scores:
+        try:
+            return self.scores[method]
+        except KeyError:
+            raise UsageError(f"The report holds no method {method!r}.", remedy=nearest(method, self.scores)) from None
+
+    @property
+    def methods(self) -> list[str]:
+        return list(self.scores)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per layer and method; `rank` 1 is the most important layer, missing where there is no score."""
+        rows = [
+            (
+                layer.name, layer.index, layer.kind, layer.parameters, method, entry.value, entry.stderr,
+                ranks.get(layer.name), str(entry.status), entry.reason, scores.seconds, scores.samples,
+            )
+            for method, scores in self.scores.items()
+            for ranks in [scores.ranks()]
+            for layer in self.layers
+            for entry in [scores.entries[layer.name]]
+        ]  # fmt: skip
+        return pd.DataFrame(rows, columns=COLUMNS).astype({"rank": "Int64"})
+
+    def consensus(self) -> Scores:
+        """Borda count: the mean over methods of the share of layers ranked below this one (0 … 1).
+
+        Baselines (`random`, `depth`, …) do not vote unless nothing else was run. The standard error is that over methods.
+        """
+        voters = [s for s in self.scores.values() if not s.settings.get("baseline")] or list(self.scores.values())
+        votes: dict[str, list[float]] = {layer.name: [] for layer in self.layers}
+        for scores in voters:
+            ranks = scores.ranks()
+            for name, rank in ranks.items():
+                votes[name].append(1.0 - (rank - 1) / max(len(ranks) - 1, 1))
+        return Scores("consensus", "share of layers ranked below", {n: _mean_vote(v) for n, v in votes.items()})
+
+    def agreement(self, *, resamples: int = 1000) -> list[Agreement]:
+        """Spearman's rho for each pair of methods with a 95 % percentile bootstrap interval over layers."""
+        names = list(self.scores)
+        generator = np.random.default_rng(self.seed)
+        return [_agree(self.scores[a], self.scores[b], resamples, generator) for i, a in enumerate(names) for b in names[i + 1 :]]
+
+    def to_dict(self) -> dict[str, Any]:
+        data = {k: v for k, v in vars(self).items() if k not in {"layers", "scores", "removal"}}
+        return data | {
+            "format": FORMAT,
+            "metrics": dict(self.metrics),
+            "notes": list(self.notes),
+            "layers": [asdict(layer) for layer in self.layers],
+            "scores": {name: s.to_dict() for name, s in self.scores.items()},
+            "removal": None if self.removal is None else asdict(self.removal),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ImportanceReport:
+        """The inverse of `to_dict`."""
+        rest = {k: v for k, v in data.items() if k not in {"format", "layers", "scores", "removal", "notes"}}
+        removal = data["removal"]
+        if removal is not None:
+            removal = RemovalCurve(removal["metric"], tuple(removal["order"]), tuple(removal["values"]))
+        return cls(
+            layers=tuple(LayerInfo(**layer) for layer in data["layers"]),
+            scores={name: Scores.from_dict(s) for name, s in data["scores"].items()},
+            removal=removal,
+            notes=tuple(data["notes"]),
+            **rest,
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ImportanceReport:
+        """Reads the JSON that `save` wrote (a file, or the ``report.json`` of a run folder)."""
+        path = Path(path)
+        path = path / "report.json" if path.is_dir() else path
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CorruptRun(f"This is not a saved report: {error!r}.", place=str(path)) from error
+
+
+def _mean_vote(votes: list[float]) -> LayerScore:
+    if not votes:
+        return LayerScore.missing(Status.NOT_APPLICABLE, "no method scored this layer")
+    error = float(np.std(votes, ddof=1) / math.sqrt(len(votes))) if len(votes) > 1 else math.nan
+    return LayerScore(float(np.mean(votes)), error)
+
+
+def _agree(a: Scores, b: Scores, resamples: int, generator: np.random.Generator) -> Agreement:
+    left, right = a.usable(), b.usable()
+    common = [name for name in left if name in right]
+    x = np.array([left[n] for n in common])
+    y = np.array([right[n] for n in common])
+    picks = generator.integers(0, max(len(common), 1), size=(resamples, len(common)))
+    draws = [rho for p in picks if math.isfinite(rho := spearman(x[p], y[p]))] if len(common) > 2 else []
+    low, high = np.percentile(draws, [2.5, 97.5]) if draws else (math.nan, math.nan)
+    return Agreement(a.method, b.method, spearman(x, y), float(low), float(high), len(common))
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's rank correlation with mean ranks for ties; NaN where one side is constant or there are < 2 values."""
+    if len(x) < 2:
+        return math.nan
+    rx = pd.Series(x).rank().to_numpy()
+    ry = pd.Series(y).rank().to_numpy()
+    if np.ptp(rx) == 0 or np.ptp(ry) == 0:
+        return math.nan
+    return float(np.corrcoef(rx, ry)[0, 1])

@@ -1,0 +1,183 @@
+"""`UniversalModel`: a module, the adapter that feeds it and the task it does. Analysis and compression are not methods on it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise import trees
+from layerwise.adapter import ModalityAdapter, adapter_for
+from layerwise.data import Batch
+from layerwise.errors import UsageError, nearest
+from layerwise.patching import replacing, skip
+from layerwise.source import Source
+from layerwise.structure import Layer, read_layers
+from layerwise.task import Task
+from layerwise.trace import evaluating, run
+
+
+class UniversalModel:
+    """Any PyTorch module with its layers, in one shape for every analyzer and method.
+
+    `example` is one batch to read the structure with; without one the adapter makes it, and where it cannot,
+    the first batch of data that the model meets is kept (`see`).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        adapter: ModalityAdapter | None = None,
+        task: Task | None = None,
+        source: Source | None = None,
+        name: str = "",
+        example: Batch | None = None,
+    ) -> None:
+        self.module = module
+        self.adapter = adapter or adapter_for(module)
+        self.task = task
+        self.source = source
+        self.name = name or type(module).__name__
+        self._example = example
+        self._layers: list[Layer] | None = None
+
+    @property
+    def domain(self) -> str:
+        """text, vision, audio, … or other."""
+        return self.adapter.modality
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.module.parameters())).device
+
+    @property
+    def example(self) -> Batch:
+        """One small batch. Raises `UsageError` when none is known yet."""
+        if self._example is None:
+            self._example = self.adapter.example(self.module)
+        if self._example is None:
+            raise UsageError(
+                f"How to call {self.name} is not known: a plain module does not say what it reads.",
+                remedy="Give data, or load(module, example=batch).",
+            )
+        return self._example.to(self.device)
+
+    def see(self, batch: Batch) -> None:
+        """Keeps a few samples of `batch` as the example (if there is none yet) and settles the task."""
+        if self._example is None:
+            self._example = batch.narrow(0, min(batch.size, 2))
+        if self.task is None:
+            self.task = self.adapter.default_task(self.module, batch, self.output(self.example))
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers in the order in which they run, read once."""
+        if self._layers is None:
+            self._layers = read_layers(self.module, self.example)
+        return self._layers
+
+    def get_layers(self) -> list[Layer]:
+        """The layers in the order in which they run."""
+        return self.layers
+
+    def layer(self, name: str) -> Layer:
+        """The layer with this dotted path. Raises `UsageError` with the nearest name."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise UsageError(f"{self.name} has no layer {name!r}.", remedy=nearest(name, [x.name for x in self.layers]))
+
+    def get_layer_parameters(self, layer_idx: int) -> dict[str, nn.Parameter]:
+        """Name within the layer → parameter (the live one, not a copy)."""
+        return dict(self._at(layer_idx).module.named_parameters())
+
+    def forward_with_hooks(self, x: Any, layer_idx: int) -> dict[str, Tensor]:
+        """One forward on `x` (a batch in any accepted form): the layer's ``input`` and ``output`` and the ``model_output``."""
+        layer = self._at(layer_idx)
+        with self.capture([layer.name]) as seen:
+            output = self.output(Batch.of(x))
+        return {"input": seen[layer.name][0], "output": seen[layer.name][1], "model_output": output}
+
+    def _at(self, index: int) -> Layer:
+        if not 0 <= index < len(self.layers):
+            raise UsageError(f"{self.name} has the layers 0 … {len(self.layers) - 1}, not {index}.")
+        return self.layers[index]
+
+    def output(self, batch: Batch) -> Tensor:
+        """The forward's main tensor, in eval mode; gradients as the caller has set them."""
+        with evaluating(self.module):
+            return self.adapter.output(run(self.module, batch.to(self.device)))
+
+    def predict(self, batch: Any) -> Tensor:
+        """The forward's main tensor without gradients."""
+        with torch.no_grad():
+            return self.output(Batch.of(batch))
+
+    def loss(self, batch: Any) -> Tensor:
+        """The task's mean loss on `batch` in nats (a scalar; for `fidelity` 0 by definition)."""
+        batch = Batch.of(batch).to(self.device)
+        self.see(batch)
+        assert self.task is not None  # set by see
+        output = self.output(batch)
+        values, weights = self.task.losses(output, batch, output.detach())
+        return values.sum() / weights.sum()
+
+    def clone(self) -> UniversalModel:
+        """An independent copy with the same adapter, task and source; its layers are read afresh."""
+        return UniversalModel(
+            copy.deepcopy(self.module),
+            adapter=self.adapter,
+            task=self.task,
+            source=self.source,
+            name=self.name,
+            example=self._example,
+        )
+
+    @contextmanager
+    def capture(self, names: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+        """Inside, each forward fills the dict with layer name → (main input, main output)."""
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        with ExitStack() as stack:
+            for layer in [self.layer(n) for n in names]:
+                stack.callback(layer.module.register_forward_hook(_recorder(layer, seen), with_kwargs=True).remove)
+            yield seen
+
+    @contextmanager
+    def skipping(self, names: Iterable[str]) -> Iterator[None]:
+        """Inside, the named layers pass their input on. Raises `UsageError` for a layer that cannot be skipped."""
+        with ExitStack() as stack:
+            for layer in [self.layer(n) for n in names]:
+                if not layer.skippable:
+                    raise UsageError(f"The layer {layer.name} cannot be skipped: {layer.reason}.")
+                stack.enter_context(replacing(layer.module, skip(layer)))
+            yield
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the class, and every parameter's and buffer's name, type, shape and bytes."""
+        digest = hashlib.sha256(type(self.module).__qualname__.encode())
+        for name, tensor in sorted(self.module.state_dict(keep_vars=True).items()):
+            if not isinstance(tensor, Tensor):
+                continue
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        return f"UniversalModel({self.name}, {self.domain}, task={self.task and self.task.name})"
+
+
+def _recorder(layer: Layer, seen: dict[str, tuple[Tensor, Tensor]]) -> Any:
+    assert layer.stream is not None, layer.name
+    stream = layer.stream
+
+    def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        seen[layer.name] = (trees.get((args, kwargs), stream.enters), trees.get(output, stream.leaves))
+
+    return record

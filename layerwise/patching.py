@@ -1,0 +1,48 @@
+"""Exchanging what a module computes for the length of a ``with`` block; its hooks keep running, and it is restored in `finally`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from layerwise import trees
+from layerwise.structure import Layer
+
+# gets the module's own forward, the positional and the keyword arguments, and gives the output
+Replacement = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+@contextmanager
+def replacing(module: nn.Module, replacement: Replacement) -> Iterator[None]:
+    """Inside, `module` computes ``replacement(its forward, args, kwargs)``."""
+    had = "forward" in vars(module)  # someone else may have patched it before us
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, args, kwargs)
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if had:
+            module.forward = original
+        else:
+            del module.forward
+
+
+def skip(layer: Layer) -> Replacement:
+    """The layer passes its main input on. What else it gives (position biases, caches) is still computed."""
+    stream = layer.stream
+    assert stream is not None, layer.name
+
+    def passed_on(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        entering = trees.get((args, kwargs), stream.enters)
+        if stream.alone and not stream.leaves:
+            return entering
+        return trees.replaced(forward(*args, **kwargs), stream.leaves, entering)
+
+    return passed_on

@@ -1,0 +1,243 @@
+"""Where a model's layers are, read from the module tree and one traced forward pass. No model names.
+
+The trace is a tree of module calls. Two rules find the chains of blocks in it:
+
+- *repeated*: siblings of one class that run one after the other, each taking what the one before gave, or that stand in one
+  ``ModuleList``/``Sequential`` and pass on the same shape;
+- *piped*: siblings of different classes where each takes only what the one before gave (a stage of mixed blocks).
+
+A module is opened as long as there is a repeated chain further in; a piped chain opens a module only if that module is not
+itself one of a repeated chain, since a transformer block's attention and feed-forward form a pipe as well. Modules with a
+single weight matrix (a convolution with its normalization) are atoms, never blocks, unless nothing else is found.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from layerwise.data import Batch
+from layerwise.errors import ModelError, UserModelError
+from layerwise.trace import Call, traced
+from layerwise.trees import Path
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Where a layer's main tensor enters (key in (args, kwargs)) and leaves (key in the output)."""
+
+    enters: Path
+    leaves: Path
+    alone: bool  # the output holds no other tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer. `name` is the dotted path of `module` and identifies the layer in scores, plans and rows.
+
+    `skippable`: its output has the shape and type of its input, so the model runs without it; otherwise `reason` says why not.
+    `group` names the chain it belongs to. `macs` are multiply-accumulates per sample, `shape` that of the traced output.
+    """
+
+    name: str
+    index: int
+    module: nn.Module
+    kind: str
+    parameters: int
+    skippable: bool
+    group: str
+    reason: str = ""
+    stream: Stream | None = None
+    calls: int = 1
+    macs: int = 0
+    shape: tuple[int, ...] = ()
+
+
+def read_layers(module: nn.Module, batch: Batch) -> list[Layer]:
+    """The layers of `module` in the order in which they run on `batch`.
+
+    Raises `ModelError` (LW-M20) where no layer is found, `UserModelError` (LW-U75) without parameters or if the forward fails.
+    """
+    if not any(True for _ in module.parameters()):
+        raise UserModelError("The model has no parameters.", remedy="There is nothing to rank or compress.", code="LW-U75")
+    root = traced(module, batch)
+    layers = _layers(find_chains(root), batch.size)
+    if not any(layer.skippable for layer in layers):  # pipes of unlike stages (VGG) say less than what they are made of
+        layers = _layers([_atoms(root)], batch.size) or layers
+    if not layers:
+        raise ModelError("No layers were found: no module with a weight ran.", code="LW-M20")
+    return layers
+
+
+def _layers(chains: Iterable[Chain], samples: int) -> list[Layer]:
+    """One layer per module, in the order of its first call."""
+    members = [(chain, call) for chain in chains for call in chain.calls]
+    firsts: dict[nn.Module, tuple[Chain, list[Call]]] = {}
+    for chain, call in sorted(members, key=lambda m: m[1].order):
+        firsts.setdefault(call.module, (chain, []))[1].append(call)
+    return [_layer(i, chain, calls, samples) for i, (chain, calls) in enumerate(_outermost(firsts).values())]
+
+
+@dataclass
+class Chain:
+    """Calls that run one after the other; `group` is the dotted path they share."""
+
+    group: str
+    calls: list[Call] = field(default_factory=list)
+
+
+def find_chains(call: Call, *, inside_repeated: bool = False) -> Iterator[Chain]:
+    """The chains of blocks at or below `call`."""
+    children = [c for c in call.children if c.parameters]
+    blocks = [c for c in children if c.matrices > 1 and c.takes and c.gives]  # an embedding takes no stream
+    links = _linked(blocks)
+    repeated = {id(c) for a, b in links if type(a.module) is type(b.module) for c in (a, b)}
+    piped = _piped(call.children, blocks) if not inside_repeated else set()
+    members = repeated | piped
+    deeper = {id(c): list(find_chains(c, inside_repeated=_is_block(c, repeated))) for c in blocks}
+    if not members:
+        for block in blocks:
+            yield from deeper[id(block)]
+        return
+    own = Chain(_common(call, [c for c in blocks if id(c) in members]))
+    for block in blocks:  # single blocks between the members (a stage with one block, a downsampling) are layers as well
+        if deeper[id(block)]:
+            yield from deeper[id(block)]
+        elif id(block) in members or _beside(block, blocks, members):
+            own.calls.append(_unwrapped(block))
+    if own.calls:
+        yield own
+
+
+def _is_block(call: Call, repeated: set[int]) -> bool:
+    """One of a repeated chain; a plain container is no block even when there are several in a row."""
+    return id(call) in repeated and not isinstance(call.module, nn.Sequential | nn.ModuleList)
+
+
+def _linked(blocks: Sequence[Call]) -> list[tuple[Call, Call]]:
+    """Neighbours where the second takes what the first gave, or which stand in one list and pass on the same shape."""
+    return [(a, b) for a, b in itertools.pairwise(blocks) if a.gives & b.takes or _listed(a, b)]
+
+
+def _listed(a: Call, b: Call) -> bool:
+    same_list = a.parent_path == b.parent_path and a.key.isdigit() and b.key.isdigit()
+    parallel = bool(a.takes & b.takes & _streams(a))
+    return same_list and type(a.module) is type(b.module) and not parallel and a.out_shape == b.in_shape
+
+
+def _streams(call: Call) -> frozenset[int]:
+    return frozenset(call.inputs[0][2:3]) if call.inputs else frozenset()
+
+
+def _piped(siblings: Sequence[Call], blocks: Sequence[Call]) -> set[int]:
+    """Blocks in a pipe: each takes only its forerunner's output, which nobody else takes."""
+    members: set[int] = set()
+    for a, b in itertools.pairwise(blocks):
+        taken_from = [s for s in siblings if s is not b and s.order < b.order and s.parameters and s.gives & b.takes]
+        takers = [s for s in siblings if s is not a and s.order > a.order and a.gives & s.takes and not a.gives <= s.gives]
+        if taken_from == [a] and len([t for t in takers if t.parameters]) <= 1:
+            members |= {id(a), id(b)}
+    return members
+
+
+def _beside(block: Call, blocks: Sequence[Call], members: set[int]) -> bool:
+    """Stands in the same list as a member."""
+    return block.key.isdigit() and any(id(c) in members and c.parent_path == block.parent_path for c in blocks)
+
+
+def _unwrapped(call: Call) -> Call:
+    """The only block in a container of one: ``Sequential(block)`` → block."""
+    while isinstance(call.module, nn.Sequential) and len(call.children) == 1 and call.children[0].matrices > 1:
+        call = call.children[0]
+    return call
+
+
+def _common(call: Call, members: Sequence[Call]) -> str:
+    paths = {m.parent_path for m in members}
+    return paths.pop() if len(paths) == 1 else call.name
+
+
+def _atoms(root: Call) -> Chain:
+    """For models without blocks: every module that owns a weight matrix and holds no other such module."""
+    chain = Chain("")
+    for call in root.walk():
+        owns = any(p.dim() > 1 for p in call.module.parameters(recurse=False))
+        if owns and not any(c.matrices for c in call.children) and not isinstance(call.module, nn.Embedding):
+            chain.calls.append(call)
+    return chain
+
+
+def _outermost(found: dict[nn.Module, tuple[Chain, list[Call]]]) -> dict[nn.Module, tuple[Chain, list[Call]]]:
+    inner = {m for module in found for m in module.modules() if m is not module}
+    return {module: value for module, value in found.items() if module not in inner}
+
+
+def _layer(index: int, chain: Chain, calls: list[Call], samples: int) -> Layer:
+    first = calls[0]
+    stream, reason = _stream(calls)
+    return Layer(
+        name=first.name,
+        index=index,
+        module=first.module,
+        kind=_kind(first),
+        parameters=first.parameters,
+        skippable=not reason,
+        group=chain.group,
+        reason=reason,
+        stream=stream,
+        calls=len(calls),
+        macs=sum(c.macs for c in calls) // max(samples, 1),
+        shape=first.out_shape,
+    )
+
+
+def _stream(calls: Sequence[Call]) -> tuple[Stream | None, str]:
+    """The main tensor's way through the layer, and why it cannot be skipped ('' if it can)."""
+    first = calls[0]
+    floats = [(path, shape, dtype) for path, shape, _, dtype in first.inputs if dtype.is_floating_point]
+    outputs = [(path, shape, dtype) for path, shape, _, dtype in first.outputs if dtype.is_floating_point]
+    if not floats or not outputs:
+        return None, "takes or gives no floating-point tensor"
+    leaves, shape, dtype = outputs[0]
+    same = [path for path, s, d in floats if s == shape and d == dtype]
+    stream = Stream(same[0] if same else floats[0][0], leaves, alone=len(first.outputs) == 1)
+    if not same:
+        return stream, f"input {floats[0][1]} and output {shape} differ in shape"
+    for call in calls[1:]:
+        shapes = {path: s for path, s, _, _ in call.inputs}
+        if shapes.get(stream.enters) != call.out_shape:
+            return stream, "a later call of this shared layer changes the shape"
+    return stream, ""
+
+
+def _kind(call: Call) -> str:
+    """From the operators that ran inside, not from class names."""
+    ops = call.operators
+    if any("scaled_dot_product" in op or "softmax" in op for op in ops):
+        return "attention"
+    if any("lstm" in op or "gru" in op or "rnn" in op for op in ops):
+        return "recurrent"
+    if any("convolution" in op for op in ops):
+        return "convolution"
+    if call.matrices > 1:
+        return "mlp"
+    return "linear" if call.matrices else "other"
+
+
+def coverage(module: nn.Module, layers: Sequence[Layer]) -> float:
+    """The layers' share of all parameters, 0 … 1, each shared parameter counted once."""
+    total = {id(p): p.numel() for p in module.parameters()}
+    inside = {id(p): p.numel() for layer in layers for p in layer.module.parameters()}
+    return sum(inside.values()) / max(sum(total.values()), 1)
+
+
+def outside(module: nn.Module, layers: Sequence[Layer]) -> list[tuple[str, Tensor]]:
+    """Named parameters that belong to no layer (embeddings, heads, norms between stages)."""
+    inside = {id(p) for layer in layers for p in layer.module.parameters()}
+    return [(name, p) for name, p in module.named_parameters() if id(p) not in inside]
+
+
+__all__ = ["Chain", "Layer", "Stream", "coverage", "find_chains", "outside", "read_layers"]
