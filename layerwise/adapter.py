@@ -41,6 +41,13 @@ class ModalityAdapter(ABC):
     def collate(self, rows: Sequence[Row]) -> Batch:
         """Raw rows (dicts of column → value) to one batch. Raises `DataError` naming the row."""
 
+    def prepare(self, rows: Sequence[Row]) -> tuple[Sequence[Row], tuple[str, ...]]:
+        """What is done once for all rows before they are cut into batches (tokenizing, checks), and notes on it in words.
+
+        Raises `DataError` naming the row.
+        """
+        return rows, ()
+
     def example(self, module: nn.Module) -> Batch | None:
         """A small valid batch made from nothing, to trace the model with; None where that cannot be known."""
         return None
@@ -51,7 +58,11 @@ class ModalityAdapter(ABC):
 
     def default_task(self, module: nn.Module, batch: Batch, output: Tensor) -> Task:
         """With labels, classification; without, fidelity to the model's own outputs."""
-        return Classification() if batch.labels is not None and output.dim() == 2 else Fidelity()
+        return Classification() if batch.labels is not None and output.dim() == 2 else self.fidelity(module)
+
+    def fidelity(self, module: nn.Module) -> Fidelity:
+        """The divergence that suits the outputs of `module`: KL of logits, or the cosine where they are embeddings."""
+        return Fidelity()
 
     def save(self, folder: Path) -> None:
         """Writes what `of(module, folder)` needs to come back (tokenizer, transform); nothing by default."""
