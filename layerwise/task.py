@@ -184,14 +184,15 @@ def task_named(name: str) -> Task:
 
 
 def token_ids(batch: Batch) -> Tensor | None:
-    """The integer input of shape (samples, tokens), where there is one."""
-    candidates = [batch.kwargs.get("input_ids"), *batch.args[:1]]
+    """The integer input of shape (samples, tokens) that the outputs belong to, where there is one: a decoder's if it has one."""
+    candidates = [batch.kwargs.get("decoder_input_ids"), batch.kwargs.get("input_ids"), *batch.args[:1]]
     return next((c for c in candidates if isinstance(c, Tensor) and c.dim() == 2 and not c.is_floating_point()), None)
 
 
 def token_mask(batch: Batch, like: Tensor) -> Tensor:
     """True for the tokens that count, of the shape of `like` (samples, tokens); all where there is no mask."""
-    mask = batch.kwargs.get("attention_mask")
+    decoder = "decoder_" if "decoder_input_ids" in batch.kwargs else ""  # outputs are then the decoder's, not the encoder's
+    mask = batch.kwargs.get(f"{decoder}attention_mask")
     if isinstance(mask, Tensor) and mask.shape == like.shape:
         return mask.bool()
     return torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
