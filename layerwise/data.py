@@ -40,7 +40,7 @@ class Batch:
             return replace(inputs, labels=value[1]) if len(value) == 2 else inputs
         raise DataError(
             f"A batch came as {type(value).__name__}" + (f" of length {len(value)}" if isinstance(value, tuple | list) else ""),
-            remedy="Give a tensor, (inputs,), (inputs, labels) or a dict of the forward's keyword arguments with optional 'labels'.",
+            remedy="Give a tensor, (inputs,), (inputs, labels) or a dict of keyword arguments with optional 'labels'.",
         )
 
     @property

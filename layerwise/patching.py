@@ -1,4 +1,4 @@
-"""Exchanging what a module computes for the length of a ``with`` block; its hooks keep running, and it is restored in `finally`."""
+"""Exchanging what a module computes for the length of a ``with`` block; its hooks keep running, and `finally` restores it."""
 
 from __future__ import annotations
 

@@ -32,6 +32,8 @@ class Stream:
     enters: Path
     leaves: Path
     alone: bool  # the output holds no other tensor
+    passed: tuple[tuple[Path, Path], ...] = ()  # other tensors it hands on as they came: (leaves, enters)
+    gives: tuple[Path, ...] = ()  # where other tensors leave that it computed itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,18 +94,19 @@ class Chain:
 def find_chains(call: Call, *, inside_repeated: bool = False) -> Iterator[Chain]:
     """The chains of blocks at or below `call`."""
     children = [c for c in call.children if c.parameters]
-    blocks = [c for c in children if c.matrices > 1 and c.takes and c.gives]  # an embedding takes no stream
+    inner = [c for c in children if c.matrices > 1]
+    blocks = [c for c in inner if c.takes and c.gives]  # an embedding takes no stream
     links = _linked(blocks)
     repeated = {id(c) for a, b in links if type(a.module) is type(b.module) for c in (a, b)}
     piped = _piped(call.children, blocks) if not inside_repeated else set()
     members = repeated | piped
-    deeper = {id(c): list(find_chains(c, inside_repeated=_is_block(c, repeated))) for c in blocks}
+    deeper = {id(c): list(find_chains(c, inside_repeated=_is_block(c, repeated))) for c in inner}
     if not members:
-        for block in blocks:
+        for block in inner:
             yield from deeper[id(block)]
         return
     own = Chain(_common(call, [c for c in blocks if id(c) in members]))
-    for block in blocks:  # single blocks between the members (a stage with one block, a downsampling) are layers as well
+    for block in inner:  # single blocks between the members (a stage with one block, a downsampling) are layers as well
         if deeper[id(block)]:
             yield from deeper[id(block)]
         elif id(block) in members or _beside(block, blocks, members):
@@ -203,7 +206,7 @@ def _stream(calls: Sequence[Call]) -> tuple[Stream | None, str]:
         return None, "takes or gives no floating-point tensor"
     leaves, shape, dtype = outputs[0]
     same = [path for path, s, d in floats if s == shape and d == dtype]
-    stream = Stream(same[0] if same else floats[0][0], leaves, alone=len(first.outputs) == 1)
+    stream = Stream(same[0] if same else floats[0][0], leaves, len(first.outputs) == 1, *_others(calls, leaves))
     if not same:
         return stream, f"input {floats[0][1]} and output {shape} differ in shape"
     for call in calls[1:]:
@@ -211,6 +214,17 @@ def _stream(calls: Sequence[Call]) -> tuple[Stream | None, str]:
         if shapes.get(stream.enters) != call.out_shape:
             return stream, "a later call of this shared layer changes the shape"
     return stream, ""
+
+
+def _others(calls: Sequence[Call], leaves: Path) -> tuple[tuple[tuple[Path, Path], ...], tuple[Path, ...]]:
+    """Of the tensors besides the main one: those handed on unchanged in every call (leaves, enters), and the computed ones."""
+    handed = [
+        {(out, into) for out, _, a, _ in call.outputs for into, _, b, _ in call.inputs if a == b and out != leaves}
+        for call in calls
+    ]
+    same = dict(sorted(set.intersection(*handed), key=str))
+    own = tuple(path for path, _, _, _ in calls[0].outputs if path != leaves and path not in same)
+    return tuple(same.items()), own
 
 
 def _kind(call: Call) -> str:

@@ -1,0 +1,105 @@
+"""The replay: interventions that start at the layer they change, everything before it answering from a cache.
+
+For one batch the output of every layer call is kept once. A run that changes layer i takes the outputs of the calls before i
+from the cache, *cloned*, because modules may work in place; from i on the blocks really run. Between the blocks (embeddings,
+norms, heads) the model runs as it is, so nothing about its architecture needs to be known, and the result equals that of the
+naive loop bit for bit. Skipping each of L layers in turn costs L + L(L−1)/2 block calls instead of L(L+1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise import trees
+from layerwise.data import Batch
+from layerwise.errors import UserModelError
+from layerwise.model import UniversalModel
+from layerwise.patching import Replacement, replacing, skip
+from layerwise.structure import Layer
+from layerwise.sweep import Counts
+from layerwise.trace import evaluating, run
+
+
+class Replay:
+    """One batch's cache. Making it runs the model once: `output` is the unchanged output."""
+
+    def __init__(self, model: UniversalModel, batch: Batch, counts: Counts | None = None) -> None:
+        self.model = model
+        self.batch = batch.to(model.device)
+        self.counts = counts if counts is not None else Counts()
+        self._cache: list[tuple[Layer, Any]] = []
+        self.output = self._run({layer.index: self._remember(layer) for layer in model.layers})
+
+    def skipping(self, layers: Iterable[Layer]) -> Tensor:
+        """The output when these layers pass their input on."""
+        return self.replacing({layer.index: skip(layer) for layer in layers})
+
+    def replacing(self, changes: Mapping[int, Replacement]) -> Tensor:
+        """The output when the layers with these indices compute something else."""
+        position = iter(range(len(self._cache)))
+        state = _State()
+        replacements = {
+            layer.index: self._answer(layer, changes.get(layer.index), position, state) for layer in self.model.layers
+        }
+        output = self._run(replacements)
+        if next(position, None) is not None:
+            raise self._changed("fewer layers ran than before")
+        return output
+
+    def _remember(self, layer: Layer) -> Replacement:
+        def remember(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            output = self._call(forward, args, kwargs)
+            self._cache.append((layer, trees.mapped(output, torch.Tensor.clone)))
+            return output
+
+        return remember
+
+    def _answer(self, layer: Layer, change: Replacement | None, position: Iterator[int], state: _State) -> Replacement:
+        def answer(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            at = next(position, None)
+            if at is None or self._cache[at][0] is not layer:
+                raise self._changed(f"{layer.name} ran out of turn")
+
+            def ours(*a: Any, **k: Any) -> Any:
+                if not state.changed:  # nothing before this call differs, so neither would its own output
+                    return trees.mapped(self._cache[at][1], torch.Tensor.clone)
+                return self._call(forward, a, k)
+
+            if change is None:
+                return ours(*args, **kwargs)
+            output = change(ours, args, kwargs)
+            state.changed = True
+            return output
+
+        return answer
+
+    def _call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.counts.block_calls += 1
+        return forward(*args, **kwargs)
+
+    def _run(self, replacements: Mapping[int, Replacement]) -> Tensor:
+        self.counts.forwards += 1
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(evaluating(self.model.module))
+            for layer in self.model.layers:
+                stack.enter_context(replacing(layer.module, replacements[layer.index]))
+            return self.model.adapter.output(run(self.model.module, self.batch))
+
+    def _changed(self, what: str) -> UserModelError:
+        return UserModelError(
+            f"{self.model.name} does not run the same layers each time: {what}.",
+            remedy="Layers that are chosen by the data or at random cannot be replayed; fix the choice (eval mode, a seed).",
+            code="LW-U76",
+        )
+
+
+class _State:
+    """Whether some call of this run has given something else than the cache holds."""
+
+    changed = False

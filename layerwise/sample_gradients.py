@@ -1,0 +1,145 @@
+"""Each sample's gradient of each parameter from one shared backward pass, formed module by module and freed at once.
+
+Linear and convolution layers have closed forms (an outer product of input and output gradient). Every other module that owns
+parameters (norms, scales, position tables, blocks with a bare ``nn.Parameter``) is differentiated by itself, sample by sample,
+with `torch.func.vmap`. A parameter whose module cannot be split by samples is left to the `loop`: one backward pass per sample,
+dearer and equally exact. A parameter used several times has its gradients summed over the uses before anyone squares them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise import trees
+from layerwise.module_gradients import module_gradients
+from layerwise.structure import Layer
+
+Emit = Callable[[int, Tensor, Tensor], None]
+
+
+class SampleGradients:
+    """Attached to the modules of `layers`; calls ``emit(layer, parameter, gradient of shape (samples, *parameter.shape))``.
+
+    `loop` holds the parameters that have to be differentiated once per sample; it only grows.
+    """
+
+    def __init__(self, root: nn.Module, layers: Sequence[Layer], emit: Emit) -> None:
+        self.emit = emit
+        self.samples = 0
+        self.loop: set[Tensor] = set()
+        self.owner: dict[Tensor, int] = {}
+        for layer in reversed(layers):  # a parameter that two layers share counts for the first
+            self.owner |= dict.fromkeys(layer.module.parameters(), layer.index)
+        self.modules: dict[nn.Module, dict[str, Tensor]] = {}
+        for module in root.modules():  # of the whole model: a tied embedding uses a layer's parameter as well
+            own: dict[str, Tensor] = {n: p for n, p in module.named_parameters(recurse=False) if p in self.owner}
+            if own:
+                self.modules[module] = own
+        self._pending: dict[Tensor, Tensor] = {}
+        self._uses: dict[Tensor, int] = defaultdict(int)
+        self._listen: Callable[[Tensor, Tensor], None] | None = None
+        self._inside = False
+
+    @contextmanager
+    def attached(self, samples: int) -> Iterator[None]:
+        """Inside, one forward on `samples` samples and its backward passes are turned into per-sample gradients."""
+        self.samples = samples
+        self._pending.clear()
+        self._uses.clear()
+        with ExitStack() as stack:
+            for module in self.modules:
+                stack.callback(module.register_forward_hook(self._record, with_kwargs=True).remove)
+            yield
+
+    def _record(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if self._inside or not torch.is_grad_enabled():
+            return None
+        own = self.modules[module]
+        floats = [(path, t) for path, t in trees.tensors(output) if t.is_floating_point()]
+        if len(floats) == 1 and not floats[0][1].requires_grad:  # nothing before it needs a gradient: here is where it begins
+            output = trees.replaced(output, floats[0][0], floats[0][1].detach().requires_grad_().clone())
+        outputs = [t for _, t in trees.tensors(output) if t.requires_grad]
+        if len(outputs) != 1:  # the gradient comes in by several ways at once
+            self.loop |= set(own.values())
+            return None
+        for parameter in own.values():
+            self._uses[parameter] += 1
+        saved = trees.mapped((args, kwargs), torch.Tensor.detach)
+        versions = [(t, t._version) for _, t in trees.tensors((args, kwargs))]
+        outputs[0].register_hook(lambda gradient: self._differentiate(module, saved, versions, gradient))
+        return output
+
+    def _differentiate(self, module: nn.Module, saved: Any, versions: list[tuple[Tensor, int]], gradient: Tensor) -> None:
+        wanted = {name: p for name, p in self.modules[module].items() if p not in self.loop}
+        if not wanted:
+            return
+        found = None
+        if all(t._version == version for t, version in versions):  # else the input was overwritten in place meanwhile
+            self._inside = True
+            try:
+                with torch.no_grad():
+                    found = module_gradients(module, wanted, saved, gradient, self.samples)
+            finally:
+                self._inside = False
+        for name, parameter in wanted.items():
+            if found is None:
+                self.loop.add(parameter)
+                self._pending.pop(parameter, None)
+            else:
+                self._collect(parameter, found[name])
+
+    def _collect(self, parameter: Tensor, gradient: Tensor) -> None:
+        if self._listen is not None:
+            self._listen(parameter, gradient)
+            return
+        before = self._pending.pop(parameter, None)
+        total = gradient if before is None else before + gradient
+        self._uses[parameter] -= 1
+        if self._uses[parameter] > 0:
+            self._pending[parameter] = total
+        else:
+            self.emit(self.owner[parameter], parameter, total)
+
+    def check_attribution(self, losses: Tensor) -> None:
+        """Differentiates one sample's loss alone (one backward pass): no other sample may get a gradient from it.
+
+        Where one does, the module folds samples together (tokens before samples, say) and its parameters go to the loop.
+        """
+        chosen = len(losses) // 2
+        others = [n for n in range(len(losses)) if n != chosen]
+        leaks: dict[Tensor, Tensor] = {}
+
+        def listen(parameter: Tensor, gradient: Tensor) -> None:
+            leaked = gradient[others].abs().amax()
+            leaks[parameter] = torch.maximum(leaks[parameter], leaked) if parameter in leaks else leaked
+
+        self._listen = listen
+        try:
+            losses[chosen].backward(retain_graph=True)
+        finally:
+            self._listen = None
+        if leaks:
+            found = torch.stack(list(leaks.values())).cpu()
+            self.loop |= {p for p, leaked in zip(leaks, found, strict=True) if bool(leaked > 0)}
+
+    def finish(self) -> None:
+        """After the backward pass: emits what waits for a use that no gradient reached."""
+        for parameter, gradient in self._pending.items():
+            if parameter not in self.loop:
+                self.emit(self.owner[parameter], parameter, gradient)
+        self._pending.clear()
+
+    def run_loop(self, losses: Tensor) -> int:
+        """One backward pass per sample for the parameters in `loop`, which must require gradients; returns the number."""
+        parameters = [p for p in self.loop if p.requires_grad]
+        rows = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses]
+        for parameter, grads in zip(parameters, zip(*rows, strict=True), strict=True):
+            stacked = torch.stack([torch.zeros_like(parameter) if g is None else g for g in grads])
+            self.emit(self.owner[parameter], parameter, stacked)
+        return len(rows)

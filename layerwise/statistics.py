@@ -1,0 +1,48 @@
+"""Statistics that are nothing but `Moments`, one row per layer: most methods' state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from layerwise.analyzer import Statistic
+from layerwise.moments import Moments
+from layerwise.scores import LayerScore, Status
+from layerwise.structure import Layer
+
+UNREACHED = "nothing was observed: no stream, or no gradient, passed through this layer"
+
+
+class MomentsStatistic(Statistic):
+    """Holds `moments`; subclasses add to it."""
+
+    def __init__(self, moments: Moments) -> None:
+        self.moments = moments
+
+    def merge_(self, other: MomentsStatistic) -> None:
+        self.moments.merge_(other.moments)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"moments": self.moments.sums}
+
+    def load_(self, state: Mapping[str, Tensor]) -> None:
+        self.moments.sums = state["moments"]
+
+    @property
+    def samples(self) -> int:
+        return self.moments.samples()
+
+    def scores(
+        self, layers: Sequence[Layer], *, scale: Sequence[float] | None = None, missing: Mapping[str, str] | None = None
+    ) -> dict[str, LayerScore]:
+        """Means with standard errors, times `scale`; `missing` says for which layers there is no score, and why."""
+        found = {}
+        for layer in layers:
+            reason = (missing or {}).get(layer.name, "")
+            if reason or not float(self.moments.sums[0, layer.index]):
+                found[layer.name] = LayerScore.missing(Status.NOT_APPLICABLE, reason or UNREACHED)
+                continue
+            score, factor = self.moments.score(layer.index), 1.0 if scale is None else scale[layer.index]
+            found[layer.name] = LayerScore(score.value * factor, score.stderr * factor, score.status, score.reason)
+        return found

@@ -1,0 +1,182 @@
+"""The sweep: one instrumented forward (and backward) pass over a batch that feeds every observing statistic.
+
+The loss is a SUM over samples and is reduced here once, so that each sample's gradient is its own whatever the batch size. The
+parameters do not require gradients meanwhile: the backward pass computes only what flows through activations, and per-sample
+parameter gradients are formed at each module from its input and output gradient (`layerwise.sample_gradients`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise import trees
+from layerwise.analyzer import Signal, Statistic
+from layerwise.data import Batch
+from layerwise.model import UniversalModel
+from layerwise.sample_gradients import SampleGradients
+from layerwise.structure import Layer
+from layerwise.trace import evaluating, run, unfused
+
+
+@dataclass
+class Counts:
+    """Work done, for tests and reports: whole forwards and backwards, and calls of blocks that really ran."""
+
+    forwards: int = 0
+    backwards: int = 0
+    block_calls: int = 0
+
+
+@dataclass
+class Seen:
+    """One batch as the sweep saw it; lists are indexed by layer. `gradients` are of the summed loss; None where none flowed."""
+
+    layers: Sequence[Layer]
+    batch: Batch
+    entering: list[Tensor | None]
+    leaving: list[Tensor | None]
+    gradients: list[Tensor | None]
+    output: Tensor | None = None
+
+
+class Sweep:
+    """Runs `statistics` over batches of `model`. `counts` grows with each batch."""
+
+    def __init__(self, model: UniversalModel, statistics: Sequence[Statistic]) -> None:
+        self.model = model
+        self.statistics = list(statistics)
+        self.counts = Counts()
+        self.needs: frozenset[Signal] = frozenset().union(*(s.needs for s in statistics))
+        receivers = [s for s in statistics if Signal.SAMPLE_GRADIENTS in s.needs]
+
+        def emit(layer: int, parameter: Tensor, gradient: Tensor) -> None:
+            for statistic in receivers:
+                statistic.sample_gradient(layer, parameter, gradient)
+
+        self.gradients = SampleGradients(model.module, model.layers, emit) if receivers else None
+        self._attribution_checked = False
+
+    def batch(self, batch: Batch, seed: int) -> None:
+        """Feeds one batch to every statistic. `seed` draws the answers of tasks without labels."""
+        batch = batch.to(self.model.device)
+        backward = bool(self.needs & {Signal.GRADIENTS, Signal.SAMPLE_GRADIENTS})
+        with ExitStack() as stack:
+            self._enter(stack, backward)
+            seen = stack.enter_context(watched(self.model, batch, backward))
+            if self.gradients is not None:
+                stack.enter_context(self.gradients.attached(batch.size))
+            output = self._forward(batch)
+            if backward:
+                self._backward(output, batch, seed)
+        if self.gradients is not None and self.gradients.loop:
+            self._loop(batch, seed)
+        seen.output = output.detach()
+        for statistic in self.statistics:
+            statistic.observe(seen)
+
+    def _enter(self, stack: ExitStack, backward: bool) -> None:
+        stack.enter_context(evaluating(self.model.module))
+        stack.enter_context(unfused())
+        stack.enter_context(torch.set_grad_enabled(backward))
+        stack.enter_context(frozen(self.model.module))
+
+    def _forward(self, batch: Batch) -> Tensor:
+        self.counts.forwards += 1
+        return self.model.adapter.output(run(self.model.module, batch))
+
+    def _likelihood(self, output: Tensor, batch: Batch, seed: int) -> Tensor:
+        assert self.model.task is not None  # settled before the first batch
+        return self.model.task.likelihood(output, batch, torch.Generator().manual_seed(seed))
+
+    def _backward(self, output: Tensor, batch: Batch, seed: int) -> None:
+        losses = self._likelihood(output, batch, seed)
+        if not losses.requires_grad:
+            return  # no layer's stream reaches the output: every gradient stays None, and the scores say so
+        if self.gradients is not None and not self._attribution_checked and losses.numel() > 1:
+            self.gradients.check_attribution(losses)
+            self.counts.backwards += 1
+            self._attribution_checked = True
+        losses.sum().backward()
+        self.counts.backwards += 1
+        if self.gradients is not None:
+            self.gradients.finish()
+
+    def _loop(self, batch: Batch, seed: int) -> None:
+        """A forward of its own for the few parameters that need one backward per sample, with the same drawn answers."""
+        assert self.gradients is not None
+        with ExitStack() as stack:
+            self._enter(stack, backward=True)
+            for parameter in self.gradients.loop:
+                parameter.requires_grad_(True)
+            losses = self._likelihood(self._forward(batch), batch, seed)
+            self.counts.backwards += self.gradients.run_loop(losses)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient inside; flags and ``.grad`` are as before afterwards."""
+    flags = [(p, p.requires_grad, p.grad) for p in module.parameters()]
+    for parameter, _, _ in flags:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, required, grad in flags:
+            parameter.requires_grad_(required)
+            parameter.grad = grad
+
+
+@contextmanager
+def watched(model: UniversalModel, batch: Batch, backward: bool) -> Iterator[Seen]:
+    """Fills a `Seen` while the model runs. With `backward`, each stream that no gradient would reach is made to need one."""
+    count = len(model.layers)
+    seen = Seen(model.layers, batch, [None] * count, [None] * count, [None] * count)
+    with ExitStack() as stack:
+        for layer in model.layers:
+            if layer.stream is None:
+                continue
+            if backward:
+                stack.callback(layer.module.register_forward_pre_hook(_needing_gradient(layer), with_kwargs=True).remove)
+            stack.callback(layer.module.register_forward_hook(_noting(layer, seen), with_kwargs=True).remove)
+        yield seen
+
+
+def _needing_gradient(layer: Layer) -> Any:
+    assert layer.stream is not None
+    path = layer.stream.enters
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        stream = trees.get((args, kwargs), path)
+        if stream.requires_grad:
+            return None
+        # cloned, so that a block which works in place does not meet a leaf
+        return trees.replaced((args, kwargs), path, stream.detach().requires_grad_().clone())
+
+    return enter
+
+
+def _noting(layer: Layer, seen: Seen) -> Any:
+    assert layer.stream is not None
+    stream, i = layer.stream, layer.index
+
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        entering, leaving = trees.get((args, kwargs), stream.enters), trees.get(output, stream.leaves)
+        if seen.entering[i] is None:  # a shared layer is seen from its first input …
+            seen.entering[i] = entering.detach().clone()
+        seen.leaving[i] = leaving.detach().clone()  # … to its last output; cloned, because later modules may work in place
+        if leaving.requires_grad:
+            leaving.register_hook(lambda gradient: _keep(seen, i, gradient))
+
+    return note
+
+
+def _keep(seen: Seen, layer: int, gradient: Tensor) -> None:
+    """The backward pass reaches a shared layer's last call first; that is the one whose output was noted."""
+    if seen.gradients[layer] is None:
+        seen.gradients[layer] = gradient.detach()
