@@ -19,6 +19,7 @@ from layerwise.patching import replacing, skip
 from layerwise.source import Source
 from layerwise.structure import Layer, read_layers
 from layerwise.task import Task
+from layerwise.tensors import flattened
 from layerwise.trace import evaluating, run
 
 
@@ -130,14 +131,11 @@ class UniversalModel:
 
     def clone(self) -> UniversalModel:
         """An independent copy with the same adapter, task and source; its layers are read afresh."""
-        return UniversalModel(
-            copy.deepcopy(self.module),
-            adapter=self.adapter,
-            task=self.task,
-            source=self.source,
-            name=self.name,
-            example=self._example,
-        )
+        return self.around(copy.deepcopy(self.module), source=self.source)
+
+    def around(self, module: nn.Module, *, source: Source | None) -> UniversalModel:
+        """The same adapter, task and example around another module; its layers are read afresh."""
+        return UniversalModel(module, adapter=self.adapter, task=self.task, source=source, name=self.name, example=self._example)
 
     @contextmanager
     def capture(self, names: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
@@ -165,8 +163,9 @@ class UniversalModel:
         for name, tensor in sorted(self.module.state_dict(keep_vars=True).items()):
             if not isinstance(tensor, Tensor):
                 continue
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            for key, plain in flattened(name, tensor.detach()).items():
+                digest.update(f"{key}{tuple(plain.shape)}{plain.dtype}".encode())
+                digest.update(plain.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def __repr__(self) -> str:
