@@ -1,1 +1,47 @@
-"""layerwise."""
+"""layerwise: which layers of any PyTorch model matter, what can go, and what it really costs.
+
+Importing this package loads nothing heavy: each public name is fetched when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # three of the verbs are modules as well: see layerwise.verb
+    from layerwise.engine import compress as compress
+    from layerwise.engine import export as export
+    from layerwise.engine import plan as plan
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "layerwise.engine": ("load", "load_data", "fit_head", "analyze", "plan", "compress", "export", "track", "leaderboard"),
+    "layerwise.analyzer": ("ImportanceAnalyzer",),
+    "layerwise.artifact": ("Artifact",),
+    "layerwise.data": ("Batch", "Data"),
+    "layerwise.errors": ("LayerwiseError",),
+    "layerwise.importance": ("ImportanceReport",),
+    "layerwise.model": ("UniversalModel",),
+    "layerwise.plan": ("CompressionPlan", "Step"),
+    "layerwise.result": ("CompressionResult", "Measurement", "Proof"),
+    "layerwise.scores": ("LayerScore", "Scores", "Status"),
+    "layerwise.source": ("Source",),
+    "layerwise.structure": ("Layer",),
+    "layerwise.target": ("Target",),
+    "layerwise.tracking": ("PerformanceTracker",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'layerwise' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -39,6 +39,17 @@ class Observation:
     own_seconds: dict[str, float] = field(default_factory=dict)  # of each intervening method
     notes: list[str] = field(default_factory=list)
 
+    @classmethod
+    def empty(cls) -> Observation:
+        """Nothing was observed."""
+        return cls(Counts())
+
+    def cost_of(self, statistic: Statistic | None, name: str) -> float:
+        """Seconds that `name` would have cost alone, about: the shared sweep if it used it, its own replays if it intervened."""
+        if statistic is None:
+            return 0.0
+        return self.own_seconds.get(name, 0.0) + (self.seconds if statistic.needs else 0.0)
+
 
 def observe(
     model: UniversalModel,

@@ -17,6 +17,7 @@ import yaml
 
 from layerwise.errors import ConfigError
 from layerwise.target import Target
+from layerwise.verb import make_callable
 
 FORMAT = 1
 
@@ -139,3 +140,6 @@ class CompressionPlan:
 
 def _canonical(data: Any) -> str:
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+make_callable(__name__)

@@ -1,0 +1,5 @@
+"""Compression methods, one file each; they find their way into `layerwise.method.METHODS` by themselves."""
+
+from layerwise.verb import make_callable
+
+make_callable(__name__)

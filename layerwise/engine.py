@@ -1,0 +1,207 @@
+"""The verbs: load, analyze, plan, compress, export, track. Each arrow of docs/architecture.md is one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import nn
+
+from layerwise.analyzer import ANALYZERS, ImportanceAnalyzer
+from layerwise.artifact import Artifact
+from layerwise.artifact import export as export_artifact
+from layerwise.damage import removal_curve
+from layerwise.data import Data
+from layerwise.errors import UsageError
+from layerwise.heads import fit_head
+from layerwise.importance import ImportanceReport, LayerInfo
+from layerwise.loading import load, load_data
+from layerwise.measure import compare
+from layerwise.method import CompressionMethod, apply_plan
+from layerwise.model import UniversalModel
+from layerwise.observe import Observation, Progress, observe
+from layerwise.plan import CompressionPlan
+from layerwise.planner import Planner
+from layerwise.proofs import prove
+from layerwise.result import CompressionResult
+from layerwise.scores import Scores
+from layerwise.target import Target
+from layerwise.tracking import PerformanceTracker
+from layerwise.weights import check_finite
+
+# Chosen before any was judged against measured damage: one of each family. Part of every report, with the baselines beside them.
+AUTO = ("layer_ablation", "gradient_based", "fisher_information", "layer_correlation", "spectral_analysis", "depth")
+
+Methods = str | ImportanceAnalyzer | Sequence[str | ImportanceAnalyzer]
+
+
+def analyze(
+    model: UniversalModel | nn.Module,
+    data: Any = None,
+    methods: Methods = "auto",
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+    checkpoint: Path | None = None,
+) -> ImportanceReport:
+    """Scores every layer of `model` by every method in one pass over `data`, and measures the removal curve of their consensus.
+
+    Parameters
+    ----------
+    methods
+        ``"auto"``, ``"all"``, names, analyzer instances, or a list of these.
+    data
+        Batches in any accepted form; None is enough for methods that read weights only.
+    checkpoint
+        A folder in which the state is saved every few seconds and from which it resumes to the same bits.
+
+    Raises
+    ------
+    NonFiniteWeights
+        Before any work, when a weight is NaN or infinite.
+    """
+    model = _universal(model)
+    analyzers = chosen_analyzers(methods, seed)
+    check_finite(model.module)
+    batches = None if data is None else Data.of(data)
+    if batches is not None:
+        model.see(batches[0])
+    statistics = {name: a.statistic(model) for name, a in analyzers.items()}
+    fed = {name: s for name, s in statistics.items() if s is not None}
+    if fed and batches is None:
+        raise UsageError(f"{', '.join(fed)} need data.", remedy="Pass batches, or only methods that read weights.")
+    seen = Observation.empty()
+    if fed and batches is not None:
+        seen = observe(model, batches, fed, seed=seed, progress=progress, checkpoint=checkpoint)
+    scores = {name: a.finish(model, statistics[name], seen.cost_of(statistics[name], name)) for name, a in analyzers.items()}
+    report = _report(model, batches, scores, seed, seen)
+    return report if batches is None else _with_curve(report, model, batches)
+
+
+def plan(
+    model: UniversalModel | nn.Module,
+    report: ImportanceReport,
+    targets: Iterable[str | Target],
+    data: Any,
+    methods: str | Sequence[str | CompressionMethod] = "auto",
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> CompressionPlan:
+    """The best plan found that meets every target, measured on `data`.
+
+    Raises `TargetMissed` with the nearest candidate's figures when none does, `UsageError` for a target that cannot be read.
+    """
+    wanted = [t if isinstance(t, Target) else Target.parse(t) for t in ([targets] if isinstance(targets, str) else targets)]
+    return Planner(_universal(model), report, wanted, Data.of(data), methods, seed, progress).make()
+
+
+def compress(
+    model: UniversalModel | nn.Module,
+    plan: CompressionPlan,
+    data: Any,
+    *,
+    report: ImportanceReport | None = None,
+) -> CompressionResult:
+    """Carries out `plan` on a copy, measures both models side by side on `data` and proves the result.
+
+    The original is left alone. Proofs that fail are in ``result.proofs``; nothing is raised for them here.
+    """
+    original, batches = _universal(model), Data.of(data)
+    original.see(batches[0])
+    applied = apply_plan(original, plan)
+    before, after = compare(original, applied.model, batches)
+    proofs = prove(original, applied.model, applied.plan, batches, before=before, after=after)
+    about = {
+        "name": original.name,
+        "source": original.source.to_dict() if original.source else {},
+        "fingerprint": original.fingerprint,
+        "domain": original.domain,
+        "task": original.task.name if original.task else "",
+        "data": batches.name,
+        "data_fingerprint": batches.fingerprint,
+        "seed": plan.seed,
+        "methods": report.methods if report else [],
+        "remarks": list(applied.remarks),
+    }
+    return CompressionResult(applied.model, applied.plan, before, after, proofs, about)
+
+
+def export(model: UniversalModel, path: str | Path, data: Any = None, *, force: bool = False) -> Artifact:
+    """Writes `model` in the format that the suffix of `path` names, runs it in its own runtime and compares.
+
+    Raises `ExportMismatch`, with nothing left at `path`, when the artifact computes something else.
+    """
+    return export_artifact(model, Path(path), None if data is None else Data.of(data), force=force)
+
+
+def track(result: CompressionResult, *, database: str | None = None, **details: Any) -> int:
+    """Records `result` in the database (a URL; default ``LAYERWISE_DB`` or the user's own) and returns the row's id."""
+    return PerformanceTracker(database).track(result, **details)
+
+
+def leaderboard(domain: str | None = None, *, database: str | None = None, **filters: Any) -> pd.DataFrame:
+    """Recorded results, best first within each task, data set and device."""
+    return PerformanceTracker(database).generate_leaderboard(domain, **filters)
+
+
+def chosen_analyzers(methods: Methods, seed: int = 0) -> dict[str, ImportanceAnalyzer]:
+    """Label → analyzer. A second analyzer of the same method gets its settings into its label.
+
+    Raises `UsageError` with the nearest name for one that is not known.
+    """
+    entries: list[str | ImportanceAnalyzer] = [methods] if isinstance(methods, str | ImportanceAnalyzer) else list(methods)
+    chosen: dict[str, ImportanceAnalyzer] = {}
+    for entry in entries:
+        names = {"auto": AUTO, "all": tuple(ANALYZERS)}.get(entry, (entry,)) if isinstance(entry, str) else (entry,)
+        for one in names:
+            analyzer = _analyzer(one, seed) if isinstance(one, str) else one
+            label = analyzer.method
+            if chosen.get(label, analyzer) != analyzer:
+                label = f"{label}({', '.join(f'{k}={v}' for k, v in analyzer.settings().items() if k != 'baseline')})"
+            chosen[label] = analyzer
+    if not chosen:
+        raise UsageError("No method was named.", remedy="Use methods='auto'.")
+    return chosen
+
+
+def _analyzer(name: str, seed: int) -> ImportanceAnalyzer:
+    cls = ANALYZERS[name]
+    return cls(seed=seed) if "seed" in getattr(cls, "__dataclass_fields__", {}) else cls()
+
+
+def _universal(model: UniversalModel | nn.Module) -> UniversalModel:
+    return model if isinstance(model, UniversalModel) else load(model)
+
+
+def _report(
+    model: UniversalModel, data: Data | None, scores: Mapping[str, Scores], seed: int, seen: Observation
+) -> ImportanceReport:
+    layers = tuple(LayerInfo(x.name, x.index, x.kind, x.parameters, x.skippable, x.group, x.reason) for x in model.layers)
+    return ImportanceReport(
+        model=model.name,
+        task=model.task.name if model.task else "",
+        data=data.name if data else "",
+        layers=layers,
+        scores=scores,
+        notes=tuple(seen.notes) + (data.notes if data else ()),
+        fingerprint=model.fingerprint,
+        domain=model.domain,
+        seed=seed,
+        device=str(model.device),
+    )
+
+
+def _with_curve(report: ImportanceReport, model: UniversalModel, data: Data) -> ImportanceReport:
+    """The report with the measured metrics and removal curve of the consensus, least important layer first."""
+    consensus = report.consensus()
+    skippable = {layer.name for layer in model.layers if layer.skippable}
+    order = [name for name in sorted(consensus.usable(), key=lambda n: consensus[n]) if name in skippable]
+    curve, metrics = removal_curve(model, data, order)
+    return replace(report, removal=curve if order else None, metrics=metrics)
+
+
+__all__ = ["analyze", "chosen_analyzers", "compress", "export", "fit_head", "leaderboard", "load", "load_data", "plan", "track"]
