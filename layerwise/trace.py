@@ -90,6 +90,8 @@ def multiply_accumulates(func: Any, args: Any, kwargs: Any, result: Any) -> int:
         query, key, value = args[:3]
         pairs = math.prod(query.shape[:-1]) * key.shape[-2]
         return int(pairs * (query.shape[-1] + value.shape[-1]))
+    if func._schema.name == "aten::_int_mm":  # the product of 8-bit integers, which torch does not count either
+        return int(args[0].shape[0] * args[0].shape[1] * args[1].shape[1])
     formula = flop_registry.get(func._overloadpacket)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=result)) // 2
 
