@@ -1,0 +1,194 @@
+"""`CompressionMethod`: one way to make a model smaller, and `apply_plan`, which makes the cuts of a plan on a copy.
+
+Decision: a method changes the module in place and leaves every other layer's dotted name as it was, so that a plan stays
+readable after each of its steps. It also says how its effect is judged: a structural cut names a context in which the *uncut*
+model computes the same (`masked`); a method that changes values says which values are right (`check`). `reshape_` repeats only
+what the change does to the structure, which with the saved weights gives the model back.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import ClassVar
+
+import torch
+
+from layerwise.errors import ProofFailed, UsageError, UserModelError, nearest
+from layerwise.model import UniversalModel
+from layerwise.packing import outline
+from layerwise.plan import CompressionPlan, Step
+from layerwise.registry import Registry
+from layerwise.source import Source
+from layerwise.structure import Layer
+from layerwise.tensors import dense, distinct
+
+
+@dataclass(frozen=True)
+class Check:
+    """How far a change is from what it should be: right while `measured` ≤ `bound`; `detail` names the unit."""
+
+    measured: float
+    bound: float
+    detail: str
+    place: str = ""  # the tensor or layer where it goes wrong first
+
+    @property
+    def passed(self) -> bool:
+        return self.measured <= self.bound  # NaN fails
+
+
+class CompressionMethod(ABC):
+    """A frozen dataclass of settings (plain JSON values). `shrinks` are the costs (`Target.metric`) that it promises to lower."""
+
+    name: ClassVar[str]
+    shrinks: ClassVar[frozenset[str]] = frozenset()
+    selective: ClassVar[bool] = False  # the planner chooses the layers; otherwise it offers all that can be treated
+
+    @classmethod
+    def variants(cls) -> tuple[CompressionMethod, ...]:
+        """The settings that a planner should try."""
+        return (cls(),)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it treats all its layers at once, so that one of them cannot be left out."""
+        return False
+
+    @abstractmethod
+    def treats(self, layer: Layer) -> str:
+        """'' or the reason why `layer` cannot be treated."""
+
+    def remarks(self, layer: Layer) -> tuple[str, ...]:
+        """What inside a treated layer stays as it was, in words."""
+        return ()
+
+    @abstractmethod
+    def apply_(self, model: UniversalModel, layers: Sequence[str]) -> None:
+        """Changes ``model.module`` in place; `model.layers` are still those of before."""
+
+    @abstractmethod
+    def reshape_(self, model: UniversalModel, layers: Sequence[str]) -> None:
+        """The same change of structure on a fresh module of the original class, whatever its weights."""
+
+    def masked(self, model: UniversalModel, layers: Sequence[str]) -> AbstractContextManager[None] | None:
+        """Inside, the uncut `model` computes what the cut one should; None for methods that change values (see `check`)."""
+        return None
+
+    def check(self, before: UniversalModel, after: UniversalModel, layers: Sequence[str]) -> Check | None:
+        """Whether the values of `after` follow from those of `before`; None for structural methods (see `masked`)."""
+        return None
+
+
+COMPRESSED = "compressed"  # the kind of source that replays steps on another source
+
+METHODS: Registry[CompressionMethod] = Registry("compression method", "layerwise.compress")
+
+
+def method_of(step: Step) -> CompressionMethod:
+    """The method of a step with its settings. Raises `UsageError` with the nearest name of a method or setting."""
+    cls = METHODS[step.method]
+    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]  # every method is a dataclass
+    for key in step.settings:
+        if key not in known:
+            raise UsageError(f"The method {step.method} has no setting {key!r}.", remedy=nearest(key, known))
+    return cls(**step.settings)
+
+
+def step_of(method: CompressionMethod, layers: Sequence[str]) -> Step:
+    """The plan's step that applies `method` to `layers`."""
+    return Step(method.name, tuple(layers), asdict(method))  # type: ignore[call-overload]  # every method is a dataclass
+
+
+def untreated(method: CompressionMethod, model: UniversalModel, layers: Sequence[str]) -> dict[str, str]:
+    """Of `layers`, those that `method` cannot treat, with the reason. Raises `UsageError` for a name that does not exist."""
+    reasons = {name: method.treats(model.layer(name)) for name in layers}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+@dataclass(frozen=True)
+class Applied:
+    """The compressed copy, the plan as it was really carried out, what stays untreated inside layers, and what failed and why."""
+
+    model: UniversalModel
+    plan: CompressionPlan
+    remarks: tuple[str, ...] = ()
+    failed: Mapping[str, str] = field(default_factory=dict)  # layer → why
+
+
+def apply_plan(model: UniversalModel, plan: CompressionPlan, *, skip_failures: bool = False) -> Applied:
+    """Carries out `plan` on a copy of `model`, which is left alone.
+
+    A step after which the forward fails, or weights or outputs are no longer finite, is undone. Then it raises (`ProofFailed`
+    LW-V05, `UserModelError`), or with `skip_failures` goes on without the layers that fail, found by trying one by one.
+    Raises `UsageError` for layers that a method cannot treat.
+    """
+    stage, done, remarks = model.clone(), list[Step](), list[str]()
+    failed: dict[str, str] = {}
+    for step in plan.steps:
+        remarks += [r for name in step.layers for r in method_of(step).remarks(stage.layer(name))]
+        if skip_failures:
+            stage, parts = _attempted(stage, step, failed)
+            done += parts
+        else:
+            stage = apply_step_(stage, step)
+            done.append(step)
+    return Applied(stage, replace(plan, steps=tuple(done)), tuple(remarks), failed)
+
+
+def apply_step_(model: UniversalModel, step: Step) -> UniversalModel:
+    """Changes ``model.module`` in place and gives it with its layers read afresh and the step noted in its source."""
+    method = method_of(step)
+    if refused := untreated(method, model, step.layers):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise UsageError(f"{step.method} cannot treat {reasons}.", remedy="Take these layers out of the plan.")
+    was_finite = not _not_finite(model)
+    method.apply_(model, step.layers)
+    changed = model.around(model.module, source=noted(model, step))
+    if was_finite and (what := _not_finite(changed)):
+        place = ", ".join(step.layers[:3]) + (" …" if len(step.layers) > 3 else "")
+        raise ProofFailed(f"{step.method} made {what} not finite.", place=place, code="LW-V05")
+    return changed
+
+
+def replay_(model: UniversalModel, steps: Sequence[Step]) -> UniversalModel:
+    """What `steps` do to the structure, on a fresh module of the original class; in place."""
+    for step in steps:
+        method_of(step).reshape_(model, step.layers)
+        model = model.around(model.module, source=noted(model, step))
+    return model
+
+
+def noted(model: UniversalModel, step: Step) -> Source:
+    """The source from which the model can be built once `step` has been applied to it."""
+    before = model.source
+    if before is not None and before.kind == COMPRESSED:
+        settings = dict(before.settings) | {"steps": [*before.settings["steps"], step.to_dict()]}
+        return replace(before, settings=settings)
+    settings = {"source": before and before.to_dict(), "steps": [step.to_dict()], "example": outline(model.example)}
+    return Source(COMPRESSED, before.name if before else model.name, settings)
+
+
+def _attempted(stage: UniversalModel, step: Step, failed: dict[str, str]) -> tuple[UniversalModel, list[Step]]:
+    """The stage after as much of `step` as works, and those parts; adds the layers that fail to `failed`."""
+    try:
+        return apply_step_(stage.clone(), step), [step]
+    except (ProofFailed, UserModelError) as error:
+        if method_of(step).whole or len(step.layers) < 2:
+            failed |= dict.fromkeys(step.layers or ("the whole model",), f"{step.method}: {error.what}")
+            return stage, []
+    kept: list[str] = []
+    for name in step.layers:
+        stage, parts = _attempted(stage, replace(step, layers=(name,)), failed)
+        kept += [name] if parts else []
+    return stage, [replace(step, layers=tuple(kept))] if kept else []
+
+
+def _not_finite(model: UniversalModel) -> str:
+    """The first tensor, or the output on the example, that holds NaN or infinity; '' if there is none."""
+    for name, tensor in distinct(model.module):
+        if tensor.is_floating_point() and not bool(torch.isfinite(dense(tensor)).all()):
+            return f"the tensor {name}"
+    return "" if bool(torch.isfinite(model.predict(model.example)).all()) else "the outputs"
