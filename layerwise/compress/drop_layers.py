@@ -28,7 +28,6 @@ class DropLayers(CompressionMethod):
     name: ClassVar[str] = "drop_layers"
     shrinks: ClassVar[frozenset[str]] = frozenset({"params", "size", "macs"})
     selective: ClassVar[bool] = True
-    selective: ClassVar[bool] = True
 
     def treats(self, layer: Layer) -> str:
         """Skippable, and nothing else that later layers need is computed inside (T5's first block makes the position bias)."""

@@ -36,10 +36,6 @@ class HalfPrecision(CompressionMethod):
     def variants(cls) -> tuple[CompressionMethod, ...]:
         return tuple(cls(dtype) for dtype in DTYPES)
 
-    @classmethod
-    def variants(cls) -> tuple[HalfPrecision, ...]:
-        return tuple(cls(dtype) for dtype in DTYPES)
-
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UsageError(f"half_precision: unknown dtype {self.dtype!r}.", remedy=nearest(self.dtype, DTYPES))

@@ -32,10 +32,6 @@ class MagnitudePruning(CompressionMethod):
     scope: str = "local"
     name: ClassVar[str] = "magnitude_pruning"
 
-    @classmethod
-    def variants(cls) -> tuple[MagnitudePruning, ...]:
-        return tuple(cls(amount) for amount in (0.3, 0.5, 0.7))
-
     def __post_init__(self) -> None:
         if not 0 <= self.amount <= 1:
             raise UsageError(f"magnitude_pruning: amount is {self.amount!r}, and must lie in 0 … 1.")
