@@ -1,0 +1,4 @@
+"""How raw rows become tensors, one file per modality.
+
+Rows use the names text, text_pair, target, input_ids, image, audio, x and label: see `layerwise.readers.columns`.
+"""

@@ -1,0 +1,239 @@
+"""Text for Hugging Face models: BERT, GPT, Llama, T5, …: what they read is taken from the module and its configuration."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.adapter import ADAPTERS, ModalityAdapter, library_of
+from layerwise.adapters._labels import labels_of
+from layerwise.data import Batch, Row
+from layerwise.errors import DataError
+from layerwise.heads import EncoderWithHead, PooledEncoder, encoder_of
+from layerwise.hugging import is_bare, is_causal, reads_text_only
+from layerwise.rows import Record, place_of
+from layerwise.task import Fidelity, LanguageModelling, Task
+
+EXAMPLE = (2, 16)  # samples, tokens
+UNBOUNDED = 10**6  # tokenizers write 1e30 for "no maximum"
+
+
+@ADAPTERS.register("text")
+@dataclass(frozen=True)
+class TextModalityAdapter(ModalityAdapter):
+    """Tokenizes, pads to the longest of a batch on the right, and cuts at the model's maximum (or refuses, `truncate`).
+
+    `vocabulary`: rows of the embedding table; `longest`: tokens, None for no maximum; `start`: the id a decoder begins with,
+    None for models without an encoder; `fixed`: keyword arguments of every forward.
+    """
+
+    vocabulary: int
+    longest: int | None = None
+    pad: int = 0
+    start: int | None = None
+    causal: bool = False
+    tokenizer: Any = None
+    truncate: bool = True
+    fixed: tuple[tuple[str, Any], ...] = ()
+    modality: ClassVar[str] = "text"
+    priority: ClassVar[int] = 10
+
+    @classmethod
+    def claims(cls, module: nn.Module) -> bool:
+        inner = encoder_of(module)
+        return "transformers" in library_of(inner) and reads_text_only(inner)
+
+    @classmethod
+    def of(cls, module: nn.Module, folder: Path | None = None) -> TextModalityAdapter:
+        inner: Any = encoder_of(module)
+        tokenizer = _tokenizer(folder or Path(inner.config.name_or_path or "?"))
+        vocabulary = int(inner.get_input_embeddings().weight.shape[0])
+        return cls(
+            vocabulary=vocabulary,
+            longest=_longest(inner.config, tokenizer),
+            pad=_pad(inner.config, tokenizer, vocabulary),
+            start=_start(inner.config, vocabulary),
+            causal=inner is module and is_causal(inner),
+            tokenizer=tokenizer,
+            fixed=(("use_cache", False),) if inner is module and _caches(inner) else (),
+        )
+
+    def prepare(self, rows: Sequence[Row]) -> tuple[Sequence[Row], tuple[str, ...]]:
+        """Rows with ``input_ids`` (and ``target_ids``), every id inside the vocabulary and no sequence over the maximum.
+
+        Raises `DataError` LW-D39 (id), LW-D40 (length, without `truncate`), LW-D32 (no text), LW-D29 (no token).
+        """
+        ready, lengths = [], []
+        for i, row in enumerate(rows):
+            done, tokens = self._tokenized(row, i)
+            lengths.append(tokens)
+            ready.append(done)
+        cut = sum(self.longest is not None and n > self.longest for n in lengths)
+        notes = []
+        if cut:
+            most = max(lengths)
+            notes.append(f"{cut} of {len(rows)} texts were cut to the model's {self.longest} tokens (the longest has {most})")
+        if self.causal and any(row.get("label") is not None for row in rows):
+            notes.append("the labels are not used: a language model predicts the next token")
+        return ready, tuple(notes)
+
+    def _tokenized(self, row: Row, position: int) -> tuple[Record, int]:
+        """The row with its token ids, and how many its longest part had before it was cut."""
+        place = place_of(row, position)
+        done: dict[str, Any] = {} if self.causal or row.get("label") is None else {"label": row["label"]}
+        tokens = 0
+        for column, ids, pair in (("text", "input_ids", row.get("text_pair")), ("target", "target_ids", None)):
+            if row.get(ids) is None and row.get(column) is None and ids == "target_ids":
+                continue
+            found = self._ids(row, column, ids, pair, place)
+            tokens = max(tokens, len(found[ids]))
+            done |= {key: self._within(values, place) for key, values in found.items()}
+            self._in_vocabulary(done[ids], place)
+        return Record(done, place), tokens
+
+    def _ids(self, row: Row, column: str, ids: str, pair: Any, place: str) -> dict[str, list[int]]:
+        if row.get(ids) is not None:
+            return {ids: [int(i) for i in row[ids]]}
+        text = row.get(column)
+        if not isinstance(text, str):
+            what = f"has no {column!r}" if text is None else f"has {type(text).__name__} in {column!r}, not text"
+            columns = f"Its columns: {', '.join(row)}."
+            raise DataError(
+                f"The row {what}.", place=place, remedy=f"Name the text column (columns={{'text': …}}). {columns}", code="LW-D32"
+            )
+        if self.tokenizer is None:
+            remedy = "Load the model with hf:DIR, its tokenizer beside it, or give rows with input_ids."
+            raise DataError("The model came without a tokenizer, so text cannot be read.", place=place, remedy=remedy)
+        encoded = self.tokenizer(text, pair, verbose=False) if pair is not None else self.tokenizer(text, verbose=False)
+        if pair is not None and "token_type_ids" in encoded:
+            return {ids: encoded["input_ids"], "token_type_ids": encoded["token_type_ids"]}
+        return {ids: encoded["input_ids"]}
+
+    def _within(self, values: list[int], place: str) -> list[int]:
+        if not values:
+            raise DataError("The row has no token.", place=place, remedy="Leave empty texts out.", code="LW-D29")
+        if self.longest is None or len(values) <= self.longest:
+            return values
+        if not self.truncate:
+            what = f"The sequence has {len(values)} tokens, the model's maximum is {self.longest}."
+            raise DataError(what, place=place, remedy="Shorten it, or let it be cut (truncate=True).", code="LW-D40")
+        # what closes a sequence ([SEP], </s>) stays: an encoder has never seen a text without it
+        closing = values[-1:] if values[-1] in self._specials() else []
+        return values[: self.longest - len(closing)] + closing
+
+    def _specials(self) -> set[int]:
+        return set(self.tokenizer.all_special_ids) if self.tokenizer is not None else set()
+
+    def _in_vocabulary(self, ids: list[int], place: str) -> None:
+        if not 0 <= min(ids) <= max(ids) < self.vocabulary:
+            wrong = next(i for i in ids if not 0 <= i < self.vocabulary)
+            what = f"The token id {wrong} lies outside the model's vocabulary of {self.vocabulary}."
+            raise DataError(what, place=place, remedy="The tokenizer belongs to another model.", code="LW-D39")
+
+    def collate(self, rows: Sequence[Row]) -> Batch:
+        """``input_ids`` and ``attention_mask`` (samples, tokens), the decoder's too where there is one; labels (samples,)."""
+        ready, _ = self.prepare(rows)
+        kwargs: dict[str, Any] = {"input_ids": _padded([r["input_ids"] for r in ready], self.pad)}
+        kwargs["attention_mask"] = _padded([[1] * len(r["input_ids"]) for r in ready], 0)
+        if all("token_type_ids" in r for r in ready):
+            kwargs["token_type_ids"] = _padded([r["token_type_ids"] for r in ready], 0)
+        labels = labels_of(ready)
+        if self.start is not None:  # the decoder sees the target, or without one the text itself, one step late
+            shifted = [[self.start, *r.get("target_ids", r["input_ids"])] for r in ready]
+            kwargs["decoder_input_ids"] = _padded(shifted, self.pad)
+            kwargs["decoder_attention_mask"] = _padded([[1] * len(ids) for ids in shifted], 0)
+            if labels is None and all("target_ids" in r for r in ready):
+                labels = _padded(shifted, -100)
+        return Batch((), {**kwargs, **dict(self.fixed)}, labels)
+
+    def example(self, module: nn.Module) -> Batch:
+        """Two sequences of 16 random tokens, the same each time, each with one end token as some classifiers demand."""
+        inner: Any = encoder_of(module)
+        samples, tokens = EXAMPLE
+        generator = torch.Generator().manual_seed(0)
+        ends = _end(inner.config, self.vocabulary)
+        special = {inner.config.pad_token_id, getattr(inner.config, "bos_token_id", None), *ends, self.start}
+        plain = [i for i in range(min(self.vocabulary, 4096)) if i not in special] or [0]
+        length = min(tokens, self.longest or tokens)
+        drawn = torch.randint(len(plain), (samples, length), generator=generator)
+        rows = [[plain[i] for i in row[: length - 1]] + (ends[:1] or [plain[0]]) for row in drawn.tolist()]
+        return self.collate([{"input_ids": row} for row in rows])
+
+    def default_task(self, module: nn.Module, batch: Batch, output: Tensor) -> Task:
+        """Language modelling for causal models and translated targets; for embeddings never classification."""
+        targets = isinstance(batch.labels, Tensor) and batch.labels.dim() == 2
+        if output.dim() == 3 and (self.causal or (self.start is not None and targets)):
+            return LanguageModelling()
+        return self.fidelity(module) if _embeds(module) else super().default_task(module, batch, output)
+
+    def fidelity(self, module: nn.Module) -> Fidelity:
+        return Fidelity(kind="cosine") if _embeds(module) else Fidelity()
+
+    def output(self, raw: Any) -> Tensor:
+        """Logits, or the last hidden state: the pooler of a bare encoder was often never trained."""
+        if isinstance(raw, Mapping) and "logits" not in raw and isinstance(raw.get("last_hidden_state"), Tensor):
+            return raw["last_hidden_state"]
+        return super().output(raw)
+
+    def save(self, folder: Path) -> None:
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, or None where it has none."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model")):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # damaged files fail anywhere in the library, some in Rust
+        raise DataError(f"The tokenizer cannot be read: {error}", place=str(folder), remedy="Copy its files again.") from error
+
+
+def _longest(config: Any, tokenizer: Any) -> int | None:
+    known = [getattr(config.get_text_config(), "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
+    return min((int(n) for n in known if n and 0 < n < UNBOUNDED), default=None)
+
+
+def _pad(config: Any, tokenizer: Any, vocabulary: int) -> int:
+    """Models without a padding token are padded with any: the mask leaves it out."""
+    known = (getattr(config, "pad_token_id", None), getattr(tokenizer, "pad_token_id", None), *_end(config, vocabulary), 0)
+    return next(int(i) for i in known if i is not None and 0 <= i < vocabulary)
+
+
+def _end(config: Any, vocabulary: int) -> list[int]:
+    """The ids that end a text: none, one, or a list in the configuration; a shrunk model may name one it does not have."""
+    found = getattr(config, "eos_token_id", None)
+    ids = list(found) if isinstance(found, Iterable) else [found]
+    return [int(i) for i in ids if i is not None and 0 <= i < vocabulary]
+
+
+def _start(config: Any, vocabulary: int) -> int | None:
+    if not config.is_encoder_decoder:
+        return None
+    known = (getattr(config, "decoder_start_token_id", None), getattr(config, "bos_token_id", None), config.pad_token_id, 0)
+    return next(int(i) for i in known if i is not None and 0 <= i < vocabulary)
+
+
+def _caches(module: Any) -> bool:
+    """Whether its forward would give a cache: one more output that grows, which neither replay nor export needs."""
+    takes = "use_cache" in inspect.signature(type(module).forward).parameters
+    return takes and getattr(module.config, "use_cache", None) is not False
+
+
+def _embeds(module: nn.Module) -> bool:
+    """Whether it gives hidden states and no logits."""
+    return not isinstance(module, EncoderWithHead) and (isinstance(module, PooledEncoder) or is_bare(module))
+
+
+def _padded(sequences: Sequence[Sequence[int]], filler: int) -> Tensor:
+    width = max(len(s) for s in sequences)
+    return torch.tensor([[*s, *[filler] * (width - len(s))] for s in sequences])
