@@ -139,11 +139,11 @@ class UniversalModel:
 
     @contextmanager
     def capture(self, names: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-        """Inside, each forward fills the dict with layer name → (main input, main output)."""
+        """Inside, each forward fills the dict with layer name → (main input, main output), copies that later writes spare."""
         seen: dict[str, tuple[Tensor, Tensor]] = {}
         with ExitStack() as stack:
             for layer in [self.layer(n) for n in names]:
-                stack.callback(layer.module.register_forward_hook(_recorder(layer, seen), with_kwargs=True).remove)
+                stack.enter_context(_recording(layer, seen))
             yield seen
 
     @contextmanager
@@ -172,11 +172,19 @@ class UniversalModel:
         return f"UniversalModel({self.name}, {self.domain}, task={self.task and self.task.name})"
 
 
-def _recorder(layer: Layer, seen: dict[str, tuple[Tensor, Tensor]]) -> Any:
+@contextmanager
+def _recording(layer: Layer, seen: dict[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
     assert layer.stream is not None, layer.name
     stream = layer.stream
+    entered: list[Tensor] = []
 
-    def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        seen[layer.name] = (trees.get((args, kwargs), stream.enters), trees.get(output, stream.leaves))
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        entered.append(trees.get((args, kwargs), stream.enters).clone())
 
-    return record
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        seen[layer.name] = (entered.pop(), trees.get(output, stream.leaves).clone())
+
+    with ExitStack() as stack:
+        stack.callback(layer.module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        stack.callback(layer.module.register_forward_hook(leave, with_kwargs=True).remove)
+        yield

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from layerwise import trees
 
@@ -30,7 +31,7 @@ def module_gradients(
     inputs = [t for _, t in trees.tensors(saved)]
     if closed is not None and len(inputs) == 1 and inputs[0].shape[0] == gradient.shape[0]:
         found = closed(module, inputs[0], gradient, samples)
-        if found is not None:
+        if found is not None and parameters.keys() <= found.keys():
             return {name: found[name] for name in parameters}
     return _by_vmap(module, parameters, saved, gradient, samples)
 
@@ -114,7 +115,8 @@ def _by_vmap(module: nn.Module, parameters: Mapping[str, Tensor], saved: Any, gr
 
     try:
         dims = (0, *(0 if s else None for s in split))
-        by_name = vmap(one, in_dims=dims)(_by_sample(gradient, samples), *tensors)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule: vmap would loop over them
+            by_name = vmap(one, in_dims=dims)(_by_sample(gradient, samples), *tensors)
     except (RuntimeError, ValueError):  # what vmap cannot do (data-dependent shapes, in-place writes), the loop does
         return None
     return {name: by_name[f"module.{name}"] for name in parameters}

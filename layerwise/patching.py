@@ -43,6 +43,7 @@ def skip(layer: Layer) -> Replacement:
         entering = trees.get((args, kwargs), stream.enters)
         if stream.alone and not stream.leaves:
             return entering
+        entering = entering.clone()  # the block may write into its input
         return trees.replaced(forward(*args, **kwargs), stream.leaves, entering)
 
     return passed_on

@@ -41,10 +41,26 @@ class SampleGradients:
             own: dict[str, Tensor] = {n: p for n, p in module.named_parameters(recurse=False) if p in self.owner}
             if own:
                 self.modules[module] = own
+        for layer in layers:
+            self._adopt(layer)
         self._pending: dict[Tensor, Tensor] = {}
         self._uses: dict[Tensor, int] = defaultdict(int)
         self._listen: Callable[[Tensor, Tensor], None] | None = None
         self._inside = False
+
+    def _adopt(self, layer: Layer) -> None:
+        """Parameters of modules that are never called (attention's output projection in torch) go to the next one outside."""
+        names = {module: name for name, module in layer.module.named_modules()}
+        for module in (m for m in layer.silent if m in self.modules):
+            path = names[module].split(".")
+            while path:
+                tail = names[module].split(".")[len(path) - 1 :]
+                path.pop()
+                owner = layer.module.get_submodule(".".join(path))
+                if owner not in layer.silent:
+                    break
+            adopted = {".".join([*tail, name]): p for name, p in self.modules.pop(module).items()}
+            self.modules[owner] = self.modules.get(owner, {}) | adopted
 
     @contextmanager
     def attached(self, samples: int) -> Iterator[None]:

@@ -41,6 +41,7 @@ class Layer:
     """One layer. `name` is the dotted path of `module` and identifies the layer in scores, plans and rows.
 
     `skippable`: its output has the shape and type of its input, so the model runs without it; otherwise `reason` says why not.
+    `silent` are modules inside that own parameters but were not called themselves (their owner reads the weights directly).
     `group` names the chain it belongs to. `macs` are multiply-accumulates per sample, `shape` that of the traced output.
     """
 
@@ -56,6 +57,7 @@ class Layer:
     calls: int = 1
     macs: int = 0
     shape: tuple[int, ...] = ()
+    silent: tuple[nn.Module, ...] = ()
 
 
 def read_layers(module: nn.Module, batch: Batch) -> list[Layer]:
@@ -194,7 +196,13 @@ def _layer(index: int, chain: Chain, calls: list[Call], samples: int) -> Layer:
         calls=len(calls),
         macs=sum(c.macs for c in calls) // max(samples, 1),
         shape=first.out_shape,
+        silent=_silent(first),
     )
+
+
+def _silent(call: Call) -> tuple[nn.Module, ...]:
+    called = {c.module for c in call.walk()}
+    return tuple(m for m in call.module.modules() if m not in called and any(True for _ in m.parameters(recurse=False)))
 
 
 def _stream(calls: Sequence[Call]) -> tuple[Stream | None, str]:
@@ -245,7 +253,7 @@ def coverage(module: nn.Module, layers: Sequence[Layer]) -> float:
     """The layers' share of all parameters, 0 … 1, each shared parameter counted once."""
     total = {id(p): p.numel() for p in module.parameters()}
     inside = {id(p): p.numel() for layer in layers for p in layer.module.parameters()}
-    return sum(inside.values()) / max(sum(total.values()), 1)
+    return sum(n for key, n in inside.items() if key in total) / max(sum(total.values()), 1)
 
 
 def outside(module: nn.Module, layers: Sequence[Layer]) -> list[tuple[str, Tensor]]:

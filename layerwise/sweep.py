@@ -141,19 +141,20 @@ def watched(model: UniversalModel, batch: Batch, backward: bool) -> Iterator[See
         for layer in model.layers:
             if layer.stream is None:
                 continue
-            if backward:
-                stack.callback(layer.module.register_forward_pre_hook(_needing_gradient(layer), with_kwargs=True).remove)
+            stack.callback(layer.module.register_forward_pre_hook(_entering(layer, seen, backward), with_kwargs=True).remove)
             stack.callback(layer.module.register_forward_hook(_noting(layer, seen), with_kwargs=True).remove)
         yield seen
 
 
-def _needing_gradient(layer: Layer) -> Any:
+def _entering(layer: Layer, seen: Seen, backward: bool) -> Any:
     assert layer.stream is not None
-    path = layer.stream.enters
+    path, i = layer.stream.enters, layer.index
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
         stream = trees.get((args, kwargs), path)
-        if stream.requires_grad:
+        if seen.entering[i] is None:  # a shared layer is seen from its first input to its last output
+            seen.entering[i] = stream.detach().clone()  # cloned, because the block may write into its input
+        if stream.requires_grad or not backward:
             return None
         # cloned, so that a block which works in place does not meet a leaf
         return trees.replaced((args, kwargs), path, stream.detach().requires_grad_().clone())
@@ -166,10 +167,8 @@ def _noting(layer: Layer, seen: Seen) -> Any:
     stream, i = layer.stream, layer.index
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        entering, leaving = trees.get((args, kwargs), stream.enters), trees.get(output, stream.leaves)
-        if seen.entering[i] is None:  # a shared layer is seen from its first input …
-            seen.entering[i] = entering.detach().clone()
-        seen.leaving[i] = leaving.detach().clone()  # … to its last output; cloned, because later modules may work in place
+        leaving = trees.get(output, stream.leaves)
+        seen.leaving[i] = leaving.detach().clone()  # cloned, because later modules may write into it
         if leaving.requires_grad:
             leaving.register_hook(lambda gradient: _keep(seen, i, gradient))
 
