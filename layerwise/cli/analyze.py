@@ -1,0 +1,36 @@
+"""Rank a model's layers by how much they matter."""
+
+from __future__ import annotations
+
+from layerwise.cli import checks
+from layerwise.cli.opened import checked, open_data, open_model, show_report
+from layerwise.cli.options import verb
+from layerwise.cli.screen import Screen
+from layerwise.config import RunConfig
+
+KEYS = (
+    "model", "weights", "task", "data", "split", "limit", "batch_size", "text_column", "pair_column", "image_column",
+    "audio_column", "label_column",
+)  # fmt: skip
+
+
+@verb(*KEYS, "methods", "timeout", "force", needs=("model",))
+def command(config: RunConfig, screen: Screen) -> None:
+    """Without --data only methods that read weights can be used. --out FILE.json keeps the report for `plan`."""
+    from layerwise import engine
+    from layerwise.files import write_atomic
+    from layerwise.run import methods_of
+
+    sources = checked(config)
+    out = checks.output(config.out, sources, force=config.force) if config.out else None
+    engine.chosen_analyzers(methods_of(config.methods))  # an unknown name is told before minutes of loading
+    model = open_model(config, screen)
+    data = open_data(config, model, screen)
+    with screen.progress("Ranking the layers") as progress:
+        report = engine.analyze(model, data, methods_of(config.methods), seed=config.seed, progress=progress)
+    if out:
+        write_atomic(out, report.to_json() + "\n")
+    screen.document(report.to_dict())
+    show_report(report, screen)
+    if out:
+        screen.say(f"Saved: {out}")

@@ -1,0 +1,118 @@
+"""What the commands share: loading the model and the data that the settings name, and the tables that several show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerwise.cli import checks
+from layerwise.cli.screen import Screen
+from layerwise.config import RunConfig
+
+if TYPE_CHECKING:
+    from layerwise.data import Data
+    from layerwise.importance import ImportanceReport
+    from layerwise.model import UniversalModel
+    from layerwise.plan import CompressionPlan
+    from layerwise.result import CompressionResult
+
+
+def checked(config: RunConfig) -> list[Path]:
+    """The inputs, after all that can be checked without loading them; see `layerwise.cli.checks`."""
+    found = checks.inputs(config)
+    checks.device(config.device)
+    return found
+
+
+def open_model(config: RunConfig, screen: Screen) -> UniversalModel:
+    """The model that the settings name."""
+    from layerwise import engine
+
+    assert config.model  # the command needs it
+    with screen.progress("Loading the model"):
+        return engine.load(config.model, config.task, config.weights, device=config.device)
+
+
+def open_data(config: RunConfig, model: UniversalModel, screen: Screen) -> Data | None:
+    """The data that the settings name, None without ``--data``."""
+    from layerwise import engine
+
+    if not config.data:
+        return None
+    with screen.progress("Loading the data"):
+        return engine.load_data(
+            config.data, model, config.split, config.limit, config.batch_size, columns=config.columns, seed=config.seed
+        )
+
+
+def show_report(report: ImportanceReport, screen: Screen) -> None:
+    """The layers from most to least important by consensus, with the rank that each method gives them."""
+    from layerwise.report import formats
+
+    consensus = report.consensus()
+    ranks = {method: scores.ranks() for method, scores in report.scores.items()}
+    infos = {layer.name: layer for layer in report.layers}
+    order = [*consensus.ranks(), *(name for name in infos if name not in consensus.ranks())]
+    rows = [
+        [
+            str(position),
+            name,
+            infos[name].kind,
+            formats.count(infos[name].parameters),
+            *(str(found.get(name, formats.DASH)) for found in ranks.values()),
+        ]
+        for position, name in enumerate(order, start=1)
+    ]
+    letters = {method: chr(ord("a") + i) if i < 26 else str(i) for i, method in enumerate(ranks)}
+    screen.say(f"{report.model} on {report.data or 'no data'}: {len(infos)} layers, most important first (1 = most important)")
+    columns = ["rank", "layer", "kind", "parameters", *letters.values()]
+    screen.table(columns, rows, right=" ".join(c for c in columns if c not in {"layer", "kind"}))
+    screen.say("  ".join(f"{letter} = {method}" for method, letter in letters.items()))
+    for note in report.notes:
+        screen.say(note)
+
+
+def show_plan(plan: CompressionPlan, screen: Screen) -> None:
+    """The steps of a plan, and the figures it was chosen for."""
+    if not plan.steps:
+        screen.say("The plan has no step: the model stays as it is.")
+    rows = [
+        [str(i), step.method, str(len(step.layers)), ", ".join(step.layers) or "the whole model", words(step.settings)]
+        for i, step in enumerate(plan.steps, start=1)
+    ]
+    if rows:
+        screen.table(["step", "method", "count", "layers", "settings"], rows, right="step count")
+    show_figures(plan.before, plan.predicted, screen)
+
+
+def show_result(result: CompressionResult, screen: Screen) -> None:
+    """Before and after, the proofs, and the targets that were missed."""
+    marks = {True: "passed", False: "FAILED", None: "does not apply"}
+    show_figures(result.before.figures(), result.after.figures(), screen)
+    rows = [[proof.name, marks[proof.passed], proof.detail] for proof in result.proofs]
+    screen.table(["proof", "result", "detail"], rows)
+    for missed in result.missed():
+        screen.say(f"Target missed: {missed}")
+
+
+def show_figures(before: Mapping[str, float], after: Mapping[str, float], screen: Screen) -> None:
+    """One row per figure: before, after, and their ratio, with units."""
+    from layerwise.report import formats
+
+    rows = [
+        [
+            name,
+            formats.figure(name, before[name]),
+            formats.figure(name, after[name]),
+            formats.times(formats.quotient(before[name], after[name])),
+        ]
+        for name in before
+        if name in after
+    ]
+    screen.table(["figure", "before", "after", "ratio"], rows, right="before after ratio")
+
+
+def words(settings: Mapping[str, Any]) -> str:
+    """Settings on one line."""
+    return ", ".join(f"{key}={value}" for key, value in settings.items())
