@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -130,8 +131,19 @@ class UniversalModel:
         return values.sum() / weights.sum()
 
     def clone(self) -> UniversalModel:
-        """An independent copy with the same adapter, task and source; its layers are read afresh."""
-        return self.around(copy.deepcopy(self.module), source=self.source)
+        """An independent copy with the same adapter, task, source and layers."""
+        return self.changed(copy.deepcopy(self.module), source=self.source)
+
+    def changed(self, module: nn.Module, *, source: Source | None) -> UniversalModel:
+        """As `around`, for a module with the same paths: its layers keep their names, and those that lost their weights are gone.
+
+        Read afresh, the last block of a chain whose others were dropped would not be seen as one.
+        """
+        model = self.around(module, source=source)
+        if self._layers is not None:
+            there = [replace(layer, module=module.get_submodule(layer.name)) for layer in self._layers]
+            model._layers = [layer for layer in there if any(True for _ in layer.module.parameters())]
+        return model
 
     def around(self, module: nn.Module, *, source: Source | None) -> UniversalModel:
         """The same adapter, task and example around another module; its layers are read afresh."""
