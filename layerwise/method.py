@@ -12,9 +12,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from layerwise.errors import ProofFailed, UsageError, UserModelError, nearest
 from layerwise.model import UniversalModel
@@ -23,7 +24,7 @@ from layerwise.plan import CompressionPlan, Step
 from layerwise.registry import Registry
 from layerwise.source import Source
 from layerwise.structure import Layer
-from layerwise.tensors import dense, distinct
+from layerwise.tensors import dense, differing, distinct
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,20 @@ class Check:
         return self.measured <= self.bound  # NaN fails
 
 
+def exactly(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> Check:
+    """Whether the tensors `found` are those `expected`, element by element; `what` they are if not, in words."""
+    if expected.keys() != found.keys():
+        return Check(1, 0, "the names of the tensors differ", min(expected.keys() ^ found.keys()))
+    wrong = {name: differing(tensor, found[name]) for name, tensor in expected.items()}
+    return Check(sum(wrong.values()), 0, f"elements that are not {what}", next((n for n, count in wrong.items() if count), ""))
+
+
 class CompressionMethod(ABC):
     """A frozen dataclass of settings (plain JSON values). `shrinks` are the costs (`Target.metric`) that it promises to lower."""
 
     name: ClassVar[str]
     shrinks: ClassVar[frozenset[str]] = frozenset()
+    structural: ClassVar[bool] = False  # the class alone would not take the weights afterwards; judged by `masked`
     selective: ClassVar[bool] = False  # the planner chooses the layers; otherwise it offers all that can be treated
 
     @classmethod
@@ -74,11 +84,11 @@ class CompressionMethod(ABC):
         """The same change of structure on a fresh module of the original class, whatever its weights."""
 
     def masked(self, model: UniversalModel, layers: Sequence[str]) -> AbstractContextManager[None] | None:
-        """Inside, the uncut `model` computes what the cut one should; None for methods that change values (see `check`)."""
+        """Inside, the uncut `model` computes what the cut one should; None unless the method is `structural`."""
         return None
 
     def check(self, before: UniversalModel, after: UniversalModel, layers: Sequence[str]) -> Check | None:
-        """Whether the values of `after` follow from those of `before`; None for structural methods (see `masked`)."""
+        """Whether the values of `after` follow from those of `before`, tensor by tensor; None where only `masked` can tell."""
         return None
 
 
@@ -139,14 +149,14 @@ def apply_plan(model: UniversalModel, plan: CompressionPlan, *, skip_failures: b
 
 
 def apply_step_(model: UniversalModel, step: Step) -> UniversalModel:
-    """Changes ``model.module`` in place and gives it with its layers read afresh and the step noted in its source."""
+    """Changes ``model.module`` in place and gives it with the layers that are left and the step noted in its source."""
     method = method_of(step)
     if refused := untreated(method, model, step.layers):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise UsageError(f"{step.method} cannot treat {reasons}.", remedy="Take these layers out of the plan.")
     was_finite = not _not_finite(model)
     method.apply_(model, step.layers)
-    changed = model.around(model.module, source=noted(model, step))
+    changed = model.changed(model.module, source=noted(model, step))
     if was_finite and (what := _not_finite(changed)):
         place = ", ".join(step.layers[:3]) + (" …" if len(step.layers) > 3 else "")
         raise ProofFailed(f"{step.method} made {what} not finite.", place=place, code="LW-V05")
@@ -157,7 +167,7 @@ def replay_(model: UniversalModel, steps: Sequence[Step]) -> UniversalModel:
     """What `steps` do to the structure, on a fresh module of the original class; in place."""
     for step in steps:
         method_of(step).reshape_(model, step.layers)
-        model = model.around(model.module, source=noted(model, step))
+        model = model.changed(model.module, source=noted(model, step))
     return model
 
 
@@ -167,8 +177,16 @@ def noted(model: UniversalModel, step: Step) -> Source:
     if before is not None and before.kind == COMPRESSED:
         settings = dict(before.settings) | {"steps": [*before.settings["steps"], step.to_dict()]}
         return replace(before, settings=settings)
-    settings = {"source": before and before.to_dict(), "steps": [step.to_dict()], "example": outline(model.example)}
+    settings = {"source": before and before.to_dict(), "steps": [step.to_dict()], "example": outlined(model)}
     return Source(COMPRESSED, before.name if before else model.name, settings)
+
+
+def outlined(model: UniversalModel) -> dict[str, Any] | None:
+    """The model's example as shapes and types, to read its layers with later; None where it is unknown or has no plain form."""
+    try:
+        return outline(model.example)
+    except UsageError:
+        return None
 
 
 def _attempted(stage: UniversalModel, step: Step, failed: dict[str, str]) -> tuple[UniversalModel, list[Step]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerwise.plan import CompressionPlan
@@ -98,6 +99,12 @@ class CompressionResult:
             for target in self.plan.targets
             if not target.met(before[target.metric], after[target.metric])
         ]
+
+    def save(self, folder: str | Path, *, force: bool = False) -> Path:
+        """Writes the model with its plan, figures and proofs; `layerwise.saved.load_saved` brings the model back."""
+        from layerwise.saved import save_model  # it stands on this module
+
+        return save_model(self, folder, force=force)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the weights, as plain data."""

@@ -61,3 +61,11 @@ def byte_size(module: nn.Module) -> int:
             key = (plain.device, plain.data_ptr()) if plain.numel() and plain.device.type != "meta" else name
             sizes[key] = max(sizes.get(key, 0), plain.nbytes)
     return sum(sizes.values())
+
+
+def differing(a: Tensor, b: Tensor) -> int:
+    """How many elements differ; all of them where shape or type do, and for quantized tensors those of the inner ones."""
+    if a.shape != b.shape or a.dtype != b.dtype or wraps(a) != wraps(b):
+        return max(a.numel(), 1)
+    parts = zip(flattened("", a).values(), flattened("", b).values(), strict=True)
+    return sum(int((x != y).sum()) for x, y in parts if x.numel())

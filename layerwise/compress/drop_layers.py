@@ -12,9 +12,10 @@ from torch import nn
 
 from layerwise import trees
 from layerwise.errors import UsageError
-from layerwise.method import METHODS, CompressionMethod
+from layerwise.method import METHODS, Check, CompressionMethod, exactly
 from layerwise.model import UniversalModel
 from layerwise.structure import Layer, Stream
+from layerwise.tensors import state
 from layerwise.trace import evaluating, run
 
 PLAIN = (bool, int, float, str, type(None), torch.dtype)
@@ -27,6 +28,7 @@ class DropLayers(CompressionMethod):
 
     name: ClassVar[str] = "drop_layers"
     shrinks: ClassVar[frozenset[str]] = frozenset({"params", "size", "macs"})
+    structural: ClassVar[bool] = True
     selective: ClassVar[bool] = True
 
     def treats(self, layer: Layer) -> str:
@@ -51,6 +53,12 @@ class DropLayers(CompressionMethod):
 
     def masked(self, model: UniversalModel, layers: Sequence[str]) -> AbstractContextManager[None]:
         return model.skipping(layers)
+
+    def check(self, before: UniversalModel, after: UniversalModel, layers: Sequence[str]) -> Check:
+        """What is left is as it was; outputs alone would not show a wrong weight in a branch that gives nothing."""
+        gone = tuple(f"{name}." for name in layers)
+        kept = {name: tensor for name, tensor in state(before.module).items() if not name.startswith(gone)}
+        return exactly(kept, state(after.module), "those of the uncut model")
 
 
 class PassThrough(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from layerwise import trees
 from layerwise.errors import UsageError, UserModelError, nearest
-from layerwise.method import METHODS, Check, CompressionMethod
+from layerwise.method import METHODS, Check, CompressionMethod, exactly
 from layerwise.model import UniversalModel
 from layerwise.structure import Layer
 from layerwise.tensors import state, wraps
@@ -68,20 +68,13 @@ class HalfPrecision(CompressionMethod):
 
     def check(self, before: UniversalModel, after: UniversalModel, layers: Sequence[str]) -> Check:
         """Every saved floating tensor is the one before rounded to `dtype`, every other the same."""
-        old, new = state(before.module), state(after.module)
-        detail = f"elements that are not the original rounded to {self.dtype}"
-        if old.keys() != new.keys():
-            return Check(1, 0, "the names of the tensors differ", min(old.keys() ^ new.keys()))
-        wrong = {name: self._wrong(tensor, new[name]) for name, tensor in old.items()}
         if not any(isinstance(h, _Door) for h in after.module._forward_pre_hooks.values()):
-            wrong["the door that casts inputs"] = 1
-        return Check(sum(wrong.values()), 0, detail, next((name for name, count in wrong.items() if count), ""))
+            return Check(1, 0, "the door that casts inputs is missing")
+        rounded = {name: self._rounded(tensor) for name, tensor in state(before.module).items()}
+        return exactly(rounded, state(after.module), f"the original rounded to {self.dtype}")
 
-    def _wrong(self, old: Tensor, new: Tensor) -> int:
-        wanted = old.to(DTYPES[self.dtype]) if old.is_floating_point() else old
-        if new.dtype != wanted.dtype or new.shape != wanted.shape:
-            return max(old.numel(), 1)
-        return int((new != wanted).sum()) if new.numel() else 0
+    def _rounded(self, tensor: Tensor) -> Tensor:
+        return tensor.to(DTYPES[self.dtype]) if tensor.is_floating_point() else tensor
 
 
 @dataclass(frozen=True)

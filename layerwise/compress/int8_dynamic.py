@@ -14,7 +14,7 @@ from layerwise.method import METHODS, Check, CompressionMethod
 from layerwise.model import UniversalModel
 from layerwise.quiet import silence_import_noise
 from layerwise.structure import Layer
-from layerwise.tensors import dense, flattened, state, wraps
+from layerwise.tensors import dense, differing, state, wraps
 
 
 @METHODS.register("int8_dynamic")
@@ -88,14 +88,9 @@ def _steps_off(old: Tensor, new: Tensor, *, quantized: bool) -> float:
     if old.shape != new.shape or quantized != (wraps(new) and not wraps(old)):
         return float("inf")
     if not quantized:
-        same = all(torch.equal(a, b) for a, b in zip(_parts(old), _parts(new), strict=True))
-        return 0.0 if same else float("inf")
+        return float("inf") if differing(old, new) else 0.0
     scale = new.scale.reshape(len(old), -1).clamp_min(torch.finfo(torch.float32).tiny)  # type: ignore[attr-defined]
     return float(((dense(new).float() - old.detach().float()).abs() / scale.float()).max())
-
-
-def _parts(tensor: Tensor) -> list[Tensor]:
-    return list(flattened("", tensor).values())
 
 
 def _torchao() -> Any:

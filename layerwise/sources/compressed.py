@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from layerwise.errors import UsageError
+from layerwise.packing import stand_in
 from layerwise.saved import load_saved, rebuilt
 from layerwise.source import SOURCES, ModelSource, Opened, Source
 
@@ -24,4 +25,5 @@ class CompressedSource(ModelSource):
         return Opened(model.module, source, Path(name))
 
     def build(self, source: Source) -> nn.Module:
-        return rebuilt(source)
+        example = source.settings["example"]
+        return rebuilt(source, example=stand_in(example) if example else None).module

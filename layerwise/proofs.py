@@ -1,0 +1,205 @@
+"""Compression is verified or it did not happen: the checks that every result carries.
+
+1. *equivalence*, one per step: a structural cut computes what the uncut model computes with those layers masked; a method that
+   changes values gives exactly the values it says. Steps before the last are carried out again on a copy to compare against; the
+   last is judged on the very model that is handed over, so that whatever went wrong on the way to it shows.
+2. *shrinkage*: what was promised and what was asked for, measured.
+3. *reload*: saved, built again from source + plan + safetensors by a fresh process, and run: equal outputs, bit for bit.
+4. *export parity* belongs to each artifact, see `layerwise.artifact`.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.data import Batch, Data
+from layerwise.errors import LayerwiseError
+from layerwise.measure import compare
+from layerwise.method import Check, CompressionMethod, apply_step_, method_of
+from layerwise.model import UniversalModel
+from layerwise.plan import CompressionPlan, Step
+from layerwise.reload_check import Reload, reload_in_fresh_process
+from layerwise.result import Measurement, Proof
+from layerwise.saved import load_saved, save_model, unfolded
+
+BOUND = 1e-5  # of the largest output; float32 leaves 1e-7 per operation, and a layer that is really cut differs by 1e-2 or more
+BATCHES = 4
+
+
+def prove(
+    original: UniversalModel,
+    compressed: UniversalModel,
+    plan: CompressionPlan,
+    data: Data,
+    *,
+    before: Measurement | None = None,
+    after: Measurement | None = None,
+    reload: bool = True,
+) -> tuple[Proof, ...]:
+    """Every proof of `compressed` = `plan` on `original`. Failed ones are returned, not raised.
+
+    `before` and `after` are measured here when they are not given. `reload` may be left out, since it starts a process.
+    """
+    batches = [b.to(original.device) for b in islice(data, BATCHES)]
+    original.see(batches[0])
+    if before is None or after is None:
+        before, after = compare(original, compressed, data)
+    proofs = [*equivalence(original, compressed, plan, batches), shrinkage(plan, before, after)]
+    if reload:
+        proofs.append(reloads(original, compressed, batches[0]))
+    return tuple(proofs)
+
+
+def equivalence(
+    original: UniversalModel, compressed: UniversalModel, plan: CompressionPlan, batches: Sequence[Batch]
+) -> Iterator[Proof]:
+    """One proof per step."""
+    stage = original
+    for number, step in enumerate(plan.steps, start=1):
+        last = number == len(plan.steps)
+        changed = compressed if last else apply_step_(stage.clone(), step)
+        yield _judged(stage, changed, step, batches)
+        stage = changed
+
+
+def _judged(before: UniversalModel, after: UniversalModel, step: Step, batches: Sequence[Batch]) -> Proof:
+    method = method_of(step)
+    name = "masked_equivalence" if method.structural else "expected_values"
+    try:
+        if method.structural:
+            return _masked_equivalence(before, after, step, batches, method)
+        return _expected_values(before, after, step, batches, method)
+    except LayerwiseError as error:  # a result so wrong that it does not run
+        return Proof(name, False, f"{step.method}: {error}")
+
+
+def _masked_equivalence(
+    before: UniversalModel, after: UniversalModel, step: Step, batches: Sequence[Batch], method: CompressionMethod
+) -> Proof:
+    left = {layer.name for layer in after.layers} - set(step.layers)
+    names = [layer.name for layer in before.layers if layer.name in left and layer.stream is not None]
+    masked = method.masked(before, step.layers)
+    assert masked is not None  # the contract of a structural method
+    worst, first = 0.0, ""
+    with masked:
+        for batch in batches:
+            error, layer = _first_difference(before, after, batch, names)
+            if not error <= worst:  # NaN counts as the worst of all
+                worst, first = error, layer or first
+    detail = (
+        f"{step.method} on {len(step.layers)} layers: largest difference from the uncut model with them masked, "
+        f"relative to its largest output, over {sum(b.size for b in batches)} samples"
+    )
+    check = method.check(before, after, step.layers)
+    if worst <= BOUND and check is not None and not check.passed:
+        return Proof("masked_equivalence", False, f"{step.method}: {check.detail}", check.measured, check.bound, check.place)
+    return Proof("masked_equivalence", worst <= BOUND, detail, worst, BOUND, "" if worst <= BOUND else first)
+
+
+def _first_difference(before: UniversalModel, after: UniversalModel, batch: Batch, names: Sequence[str]) -> tuple[float, str]:
+    """The outputs' relative difference, and the first of the layers `names` whose outputs are further apart than the bound."""
+    with before.capture(names) as wanted:
+        expected = before.predict(batch)
+    with after.capture(names) as found:
+        output = after.predict(batch)
+    apart = (n for n in names if n in wanted and n in found and not relative_error(found[n][1], wanted[n][1]) <= BOUND)
+    return relative_error(output, expected), next(apart, "the model's outputs")
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """max |a − b| / max |b|; infinite for another shape, NaN where one of them is not finite."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    found, wanted = found.double(), wanted.double().to(found.device)
+    largest = float(wanted.abs().max()) if wanted.numel() else 0.0
+    apart = float((found - wanted).abs().max()) if wanted.numel() else 0.0
+    return apart / largest if largest else apart
+
+
+def _expected_values(
+    before: UniversalModel, after: UniversalModel, step: Step, batches: Sequence[Batch], method: CompressionMethod
+) -> Proof:
+    check = _same_modules(before.module, after.module) or method.check(before, after, step.layers)
+    assert check is not None  # the contract of a method that is not structural
+    moved = relative_error(after.predict(batches[0]), before.predict(batches[0]))
+    detail = f"{step.method}: {check.detail}; the outputs move by {moved:.2g} of the largest"
+    return Proof("expected_values", check.passed, detail, float(check.measured), float(check.bound), check.place)
+
+
+def _same_modules(before: nn.Module, after: nn.Module) -> Check | None:
+    """A method that changes values leaves the modules alone."""
+    old = {name: type(m) for name, m in before.named_modules()}
+    new = {name: type(m) for name, m in after.named_modules()}
+    other = [name for name in {**old, **new} if old.get(name) is not new.get(name)]
+    return Check(len(other), 0, "modules that are not of the class they were", other[0]) if other else None
+
+
+def shrinkage(plan: CompressionPlan, before: Measurement, after: Measurement) -> Proof:
+    """Whether every promised cost fell and every target on a cost is met. Measured and bound are of the worst of them."""
+    old, new = before.figures(), after.figures()
+    promised = sorted({metric for step in plan.steps for metric in method_of(step).shrinks})
+    bounds = [(metric, new[metric], old[metric], new[metric] < old[metric]) for metric in promised]
+    bounds += [
+        (str(t), new[t.metric], t.limit(old[t.metric]), t.met(old[t.metric], new[t.metric])) for t in plan.targets if t.is_cost
+    ]
+    detail = "; ".join([*_changes(before, after), speed_in_words(before, after)])
+    if not bounds:
+        share = 1 - after.nonzero / max(after.params, 1)
+        return Proof("shrinkage", None, f"none was promised or asked for: {share:.1%} of the parameters are 0; {detail}")
+    broken = [name for name, _, _, holds in bounds if not holds]
+    _, measured, bound, _ = max(bounds, key=lambda b: (not b[3], b[1] / b[2] if b[2] else float("inf")))
+    text = f"not kept: {', '.join(broken)}; {detail}" if broken else detail
+    return Proof("shrinkage", not broken, text, measured, bound)
+
+
+def _changes(before: Measurement, after: Measurement) -> list[str]:
+    figures = {"parameters": (before.params, after.params), "bytes": (before.size, after.size), "MACs": (before.macs, after.macs)}
+    return [f"{name} {old:,} → {new:,} ({new / max(old, 1):.2f}x)" for name, (old, new) in figures.items()]
+
+
+def speed_in_words(before: Measurement, after: Measurement) -> str:
+    """Faster or slower only when the medians are further apart than the spreads."""
+    times = f"{before.latency:.3g} → {after.latency:.3g} ms per batch of {after.batch_size}"
+    noise = before.latency_spread + after.latency_spread
+    if after.latency < before.latency - noise:
+        return f"{before.latency / after.latency:.2f}x faster ({times})"
+    if after.latency > before.latency + noise:
+        return f"no speed-up: {after.latency / before.latency:.2f}x slower on this device ({times})"
+    return f"no speed-up: equal within the noise on this device ({times})"
+
+
+def reloads(original: UniversalModel, compressed: UniversalModel, batch: Batch) -> Proof:
+    """Saves to a temporary folder, builds the model again and compares its outputs on `batch` bit for bit."""
+    with tempfile.TemporaryDirectory(prefix="layerwise-proof-") as place:
+        folder = Path(place) / "model"
+        try:
+            save_model(compressed, folder)
+            if unfolded(compressed.source)[0] is not None:
+                reload = reload_in_fresh_process(folder, compressed, batch)
+            else:
+                reload = _in_this_process(folder, original, compressed, batch)
+        except LayerwiseError as error:
+            return Proof("reload", False, f"it cannot be saved and built again: {error}", bound=0.0)
+    return Proof("reload", reload.equal, reload.detail, reload.difference, 0.0)
+
+
+def _in_this_process(folder: Path, original: UniversalModel, compressed: UniversalModel, batch: Batch) -> Reload:
+    """For a model given as a plain object: rebuilt on a copy of it whose weights are gone, so that nothing stale can pass."""
+    blank = copy.deepcopy(original.module)
+    for tensor in blank.state_dict(keep_vars=True).values():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            tensor.data = torch.full_like(tensor.data, torch.nan)
+    again = load_saved(folder, module=blank, applied=len(unfolded(original.source)[1]))
+    again.module.to(compressed.device)
+    detail = "in this process, on a copy of the given object with its weights overwritten by NaN: a plain object has no source"
+    return Reload.of(again.predict(batch), compressed.predict(batch), detail)
+
+
+__all__ = ["equivalence", "prove", "relative_error", "reloads", "shrinkage", "speed_in_words"]

@@ -1,0 +1,150 @@
+"""What every registered compression method keeps, on one model of each family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from layerwise.errors import UsageError
+from layerwise.method import METHODS, Applied, CompressionMethod, apply_plan, step_of, untreated
+from layerwise.model import UniversalModel
+from layerwise.plan import CompressionPlan
+from layerwise.proofs import equivalence, relative_error
+from layerwise.saved import load_saved, save_model
+from layerwise.tensors import flattened, state
+from tests.models import CASES
+
+METHOD_VARIANTS = {f"{name}-{i}": m for name, cls in METHODS.items() for i, m in enumerate(cls.variants())}
+FAMILIES = ("vit", "resnet", "bert", "gpt2", "llama", "t5", "residual", "sequential")
+
+pytestmark = [
+    pytest.mark.parametrize("method", METHOD_VARIANTS.values(), ids=METHOD_VARIANTS.keys()),
+    pytest.mark.parametrize("family", FAMILIES),
+]
+
+
+def chosen(method: CompressionMethod, model: UniversalModel) -> list[str]:
+    """All layers it treats, or the last two of them where choosing is the point."""
+    refused = untreated(method, model, [layer.name for layer in model.layers])
+    names = [layer.name for layer in model.layers if layer.name not in refused]
+    return names[-2:] if method.selective else names
+
+
+def compressed(method: CompressionMethod, model: UniversalModel) -> Applied:
+    names = chosen(method, model)
+    if not names:
+        assert all(untreated(method, model, [layer.name for layer in model.layers]).values())
+        pytest.skip(f"{method.name} treats no layer here, and says why")
+    return apply_plan(model, CompressionPlan((step_of(method, names),)))
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Fails if weights, flags, hooks, gradients or the random state are other afterwards."""
+
+    def seen() -> dict[str, object]:
+        return {
+            "weights": {k: (v.data_ptr(), v._version) for k, v in state(module).items()},
+            "flags": [m.training for m in module.modules()],
+            "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in module.modules()],
+            "types": [type(m) for m in module.modules()],
+            "grads": [(p.grad is None, p.requires_grad) for p in module.parameters()],
+            "random": torch.random.get_rng_state().tolist(),
+        }
+
+    before = seen()
+    yield
+    assert seen() == before
+
+
+def test_the_original_is_left_alone(method: CompressionMethod, family: str) -> None:
+    model = CASES[family].model()
+    next(m for m in model.module.modules() if not list(m.children())).train()  # a flag of one module alone
+    fingerprint = model.fingerprint
+    with untouched(model.module):
+        compressed(method, model)
+    assert model.fingerprint == fingerprint
+
+
+def test_names_survive(method: CompressionMethod, family: str) -> None:
+    model = CASES[family].model()
+    result = compressed(method, model)
+    before, after = list(state(model.module)), list(state(result.model.module))
+    gone = result.plan.steps[0].layers if method.structural else ()
+    assert after == [name for name in before if not name.startswith(tuple(f"{layer}." for layer in gone))]
+    assert dict(model.module.named_modules()).keys() >= dict(result.model.module.named_modules()).keys()
+
+
+def test_it_computes_what_it_says(method: CompressionMethod, family: str) -> None:
+    model, data = CASES[family].model(), CASES[family].data(3, 2)
+    result = compressed(method, model)
+    (proof,) = equivalence(model, result.model, result.plan, list(data))
+    assert proof.passed, proof
+    assert proof.name == ("masked_equivalence" if method.structural else "expected_values")
+
+
+def test_a_changed_weight_is_found(method: CompressionMethod, family: str) -> None:
+    model, data = CASES[family].model(), CASES[family].data(3, 2)
+    result = compressed(method, model)
+    left = [x for x in result.model.layers if x.name not in result.plan.steps[0].layers or not method.structural]
+    layer = left[0]
+    name, weight = max(flattened_weights(layer.module).items(), key=lambda item: item[1].numel())
+    with torch.no_grad():
+        weight.view(-1)[:] = weight.view(-1).roll(1)
+    (proof,) = equivalence(model, result.model, result.plan, list(data))
+    assert proof.passed is False, (layer.name, name)
+    assert not proof.measured <= proof.bound
+    assert proof.layer.startswith(layer.name)
+
+
+def flattened_weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    plain = {k: t for name, p in module.named_parameters() if p.dim() > 1 for k, t in flattened(name, p).items()}
+    return {k: t for k, t in plain.items() if t.numel() > 8 and t.unique().numel() > 1}
+
+
+def test_twice_is_refused_or_changes_nothing(method: CompressionMethod, family: str) -> None:
+    model = CASES[family].model()
+    once = compressed(method, model)
+    step = once.plan.steps[0]
+    if method.structural or method.name == "int8_dynamic":
+        with pytest.raises(UsageError, match=r"already|has no layer"):
+            apply_plan(model, CompressionPlan((step, step)))
+    else:
+        assert apply_plan(model, CompressionPlan((step, step))).model.fingerprint == once.model.fingerprint
+
+
+def test_saved_and_loaded_it_gives_equal_outputs(method: CompressionMethod, family: str, tmp_path: Path) -> None:
+    case = CASES[family]
+    model = case.model()
+    result = compressed(method, model)
+    save_model(result.model, tmp_path / "model")
+    torch.manual_seed(99)
+    other = case.build()  # the class with other weights
+    again = load_saved(tmp_path / "model", module=other)
+    assert torch.equal(again.predict(case.batch(3)), result.model.predict(case.batch(3)))
+    assert again.fingerprint == result.model.fingerprint
+
+
+def test_what_it_refuses_it_refuses_with_the_reason(method: CompressionMethod, family: str) -> None:
+    model = CASES[family].model()
+    refused = untreated(method, model, [layer.name for layer in model.layers])
+    for name, reason in refused.items():
+        assert len(reason) > 10
+        with pytest.raises(UsageError, match="cannot treat") as caught:
+            apply_plan(model, CompressionPlan((step_of(method, [name]),)))
+        assert reason in str(caught.value)
+
+
+def test_outputs_stay_in_float32_and_near(method: CompressionMethod, family: str) -> None:
+    model, batch = CASES[family].model(), CASES[family].batch(3)
+    result = compressed(method, model)
+    output = result.model.predict(batch)
+    assert output.dtype == torch.float32
+    assert output.isfinite().all()
+    if method.shrinks and not method.selective:  # pruning and dropping may move random weights as far as they like
+        assert relative_error(output, model.predict(batch)) < 0.1
