@@ -56,7 +56,9 @@ class FisherInformationAnalyzer(ImportanceAnalyzer):
 
     method: ClassVar[str] = "fisher_information"
     unit: ClassVar[str] = "nats²"
-    sees: ClassVar[frozenset[str]] = frozenset({"vital"})
+
+    # It sees neither a dead nor a vital layer for certain: a zero output projection still has a gradient, and larger weights a
+    # smaller one. It says how sharply the answers react to the parameters, which is what rounding them asks.
 
     per_parameter: bool = False
 
