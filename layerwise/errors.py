@@ -143,12 +143,16 @@ def printable(text: str) -> str:
 def nearest(name: str, known: Iterable[str]) -> str:
     """``"Did you mean 'x'?"`` or, with nothing near, the list of what there is."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if not close:  # 'fisher' for 'fisher_information': difflib punishes the length
-        close = [n for n in names if n.startswith(name) or name in n][:1]
-    if close:
-        return f"Did you mean {close[0]!r}?"
+    best = max(names, key=lambda n: _likeness(name, n), default="")
+    if best and _likeness(name, best) >= 0.6:
+        return f"Did you mean {best!r}?"
     return "Known: " + ", ".join(names) + "." if names else "None are known."
+
+
+def _likeness(name: str, known: str) -> float:
+    """0 … 1, as a whole or as a beginning: 'fischer' means 'fisher_information', whose length is no fault of the user's."""
+    parts = (known, known[: len(name)])
+    return max(difflib.SequenceMatcher(None, name.lower(), part.lower()).ratio() for part in parts)
 
 
 def missing_dependency(package: str, extra: str, purpose: str) -> MissingDependency:

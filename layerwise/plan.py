@@ -123,7 +123,7 @@ class CompressionPlan:
         return cls.from_dict(json.loads(text))
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)  # ASCII: YAML folds some Unicode line breaks
 
     @classmethod
     def from_yaml(cls, text: str) -> CompressionPlan:
