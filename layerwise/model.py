@@ -28,7 +28,7 @@ class UniversalModel:
     """Any PyTorch module with its layers, in one shape for every analyzer and method.
 
     `example` is one batch to read the structure with; without one the adapter makes it, and where it cannot,
-    the first batch of data that the model meets is kept (`see`).
+    the first batch of data that the model meets is kept (`see`). `notes` say in words what was assumed or adapted on loading.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class UniversalModel:
         self.task = task
         self.source = source
         self.name = name or type(module).__name__
+        self.notes: tuple[str, ...] = ()
         self._example = example
         self._layers: list[Layer] | None = None
 
@@ -69,6 +70,10 @@ class UniversalModel:
                 remedy="Give data, or load(module, example=batch).",
             )
         return self._example.to(self.device)
+
+    def read_with(self, example: Batch) -> None:
+        """From now on `example` is the batch that the structure is read with; the layers are read afresh."""
+        self._example, self._layers = example, None
 
     def see(self, batch: Batch) -> None:
         """Keeps a few samples of `batch` as the example (if there is none yet) and settles the task."""
@@ -147,7 +152,9 @@ class UniversalModel:
 
     def around(self, module: nn.Module, *, source: Source | None) -> UniversalModel:
         """The same adapter, task and example around another module; its layers are read afresh."""
-        return UniversalModel(module, adapter=self.adapter, task=self.task, source=source, name=self.name, example=self._example)
+        model = UniversalModel(module, adapter=self.adapter, task=self.task, source=source, name=self.name, example=self._example)
+        model.notes = self.notes
+        return model
 
     @contextmanager
     def capture(self, names: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
