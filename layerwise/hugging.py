@@ -33,5 +33,13 @@ def is_causal(module: nn.Module) -> bool:
     return bool({cls.__name__ for cls in type(module).__mro__} & _classes(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 
 
+def is_sequence_to_sequence(module: Any) -> bool:
+    """Whether the forward wants tokens for its decoder; a classifier on an encoder–decoder makes them itself."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as GENERATORS
+
+    names = {cls.__name__ for cls in type(module).__mro__}
+    return bool(module.config.is_encoder_decoder) and (is_bare(module) or bool(names & _classes(GENERATORS)))
+
+
 def _classes(mapping: Mapping[str, Any]) -> set[str]:
     return {n for names in mapping.values() for n in ([names] if isinstance(names, str) else names)}

@@ -16,7 +16,7 @@ from layerwise.adapters._labels import labels_of
 from layerwise.data import Batch, Row
 from layerwise.errors import DataError
 from layerwise.heads import EncoderWithHead, PooledEncoder, encoder_of
-from layerwise.hugging import is_bare, is_causal, reads_text_only
+from layerwise.hugging import is_bare, is_causal, is_sequence_to_sequence, reads_text_only
 from layerwise.rows import Record, place_of
 from layerwise.task import Fidelity, LanguageModelling, Task
 
@@ -30,7 +30,7 @@ class TextModalityAdapter(ModalityAdapter):
     """Tokenizes, pads to the longest of a batch on the right, and cuts at the model's maximum (or refuses, `truncate`).
 
     `vocabulary`: rows of the embedding table; `longest`: tokens, None for no maximum; `start`: the id a decoder begins with,
-    None for models without an encoder; `fixed`: keyword arguments of every forward.
+    None where the forward wants no decoder tokens; `fixed`: keyword arguments of every forward.
     """
 
     vocabulary: int
@@ -58,7 +58,7 @@ class TextModalityAdapter(ModalityAdapter):
             vocabulary=vocabulary,
             longest=_longest(inner.config, tokenizer),
             pad=_pad(inner.config, tokenizer, vocabulary),
-            start=_start(inner.config, vocabulary),
+            start=_start(inner.config, vocabulary) if is_sequence_to_sequence(inner) else None,
             causal=inner is module and is_causal(inner),
             tokenizer=tokenizer,
             fixed=(("use_cache", False),) if inner is module and _caches(inner) else (),
@@ -216,9 +216,7 @@ def _end(config: Any, vocabulary: int) -> list[int]:
     return [int(i) for i in ids if i is not None and 0 <= i < vocabulary]
 
 
-def _start(config: Any, vocabulary: int) -> int | None:
-    if not config.is_encoder_decoder:
-        return None
+def _start(config: Any, vocabulary: int) -> int:
     known = (getattr(config, "decoder_start_token_id", None), getattr(config, "bos_token_id", None), config.pad_token_id, 0)
     return next(int(i) for i in known if i is not None and 0 <= i < vocabulary)
 

@@ -1,0 +1,45 @@
+"""``sklearn:digits`` and the other small data sets that scikit-learn carries inside: no file, no network."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from layerwise.errors import UsageError, nearest
+from layerwise.readers.table import Request, Table
+from layerwise.rows import Record
+
+NAMES = ("breast_cancer", "digits", "iris", "wine")
+SPLITS = ("train", "test")
+
+
+def read_sklearn(name: str, request: Request) -> Table:
+    """Digits as grey images (8, 8) with values 0 … 1, the others as feature rows ``x``.
+
+    Splits: ``train`` 80 %, ``test`` 20 %, stratified by class and always the same; without `split` all rows.
+    """
+    if name not in NAMES:
+        raise UsageError(f"scikit-learn carries no data set {name!r}.", remedy=nearest(name, NAMES))
+    from sklearn import datasets
+
+    bunch = getattr(datasets, f"load_{name}")()
+    images = name == "digits"
+    values = (bunch.images / 16.0 if images else bunch.data).astype(np.float32)
+    chosen = _split(bunch.target, request.split)
+    column = "image" if images else "x"
+    rows = [Record({column: values[i], "label": int(bunch.target[i])}, f"sklearn:{name}, row {i}") for i in chosen]
+    digest = hashlib.sha256(values.tobytes() + bunch.target.astype(np.int64).tobytes()).hexdigest()
+    classes = tuple(str(c) for c in bunch.target_names)
+    return Table(rows, f"sklearn:{name}", digest, (column, "label"), classes=classes)
+
+
+def _split(labels: np.ndarray, split: str | None) -> list[int]:
+    from sklearn.model_selection import train_test_split
+
+    if split is None:
+        return list(range(len(labels)))
+    if split not in SPLITS:
+        raise UsageError(f"There is no split {split!r}.", remedy=nearest(split, SPLITS))
+    parts = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    return sorted(int(i) for i in parts[SPLITS.index(split)])

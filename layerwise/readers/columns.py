@@ -1,0 +1,189 @@
+"""Which column is what: the names that adapters know, labels as class numbers, one type per column."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from numbers import Integral, Real
+from typing import Any
+
+from layerwise.errors import DataError, UsageError, nearest
+from layerwise.readers.audio import SUFFIXES
+from layerwise.readers.table import Table
+from layerwise.rows import Record
+
+INPUTS = ("text", "image", "audio", "x", "input_ids")
+ROLES = (*INPUTS, "text_pair", "target", "label")
+ALIASES: Mapping[str, tuple[str, ...]] = {
+    "text": ("text", "sentence", "review", "content", "document"),
+    "image": ("image", "img"),
+    "audio": ("audio", "flac", "wav"),
+    "x": ("x",),
+    "input_ids": ("input_ids",),
+    "label": ("label", "labels", "category", "class", "y"),
+}
+SHOWN = 20  # class names in a note
+
+
+def with_roles(table: Table, given: Mapping[str, Any]) -> Table:
+    """The rows with the names that adapters know; without a text, image, audio or ``x``, all numeric columns are features.
+
+    Raises `DataError` LW-D31 for a column that is not there, LW-D32 for mixed types, LW-D33 for NaN, each naming the row.
+    """
+    roles = _roles(table, given)
+    table = _labelled(table, roles.pop("label", None))
+    label = ("label",) if "label" in table.columns else ()
+    if not roles:
+        return _features(table, label)
+    listed = roles["x"] if isinstance(roles.get("x"), list | tuple) else None
+    if listed is not None:
+        table = _checked_numbers(table, listed)
+        roles.pop("x")
+    rows = []
+    for row in table.rows:
+        values = {role: row.get(column) for role, column in roles.items()}
+        values |= {"x": [row[c] for c in listed]} if listed is not None else {}
+        rows.append(Record({**values, **{name: row[name] for name in label}}, row.place))
+    for role in roles.keys() & {"text", "text_pair", "target"}:
+        _check_text(rows, role, roles[role])
+    return replace(table, rows=rows, columns=(*roles, *(("x",) if listed else ()), *label))
+
+
+def _roles(table: Table, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Role → column: what was given, then the usual names."""
+    for role, named in given.items():
+        if role not in ROLES:
+            raise UsageError(f"Unknown column role {role!r}.", remedy=nearest(role, ROLES))
+        for column in named if isinstance(named, list | tuple) else [named]:
+            if column not in table.columns:
+                what = f"There is no column {column!r} for {role!r}."
+                remedy = f"The columns are: {', '.join(table.columns)}."
+                raise DataError(what, place=table.name, remedy=remedy, code="LW-D31")
+    found = dict(given)
+    inputs_given = any(role in given for role in INPUTS)
+    for role, aliases in ALIASES.items():
+        if role in given or (role in INPUTS and inputs_given):
+            continue
+        column = next((c for c in aliases if c in table.columns and c not in given.values()), None)
+        if column is not None:
+            found[role] = column
+    if not any(role in found for role in INPUTS) and _names_audio(table):
+        found["audio"] = "path"
+    return found
+
+
+def _names_audio(table: Table) -> bool:
+    """A manifest: a column ``path`` with audio files."""
+    first = table.rows[0].get("path") if table.rows else None
+    return isinstance(first, str) and first.lower().endswith(SUFFIXES)
+
+
+def _labelled(table: Table, column: str | None) -> Table:
+    """With ``label`` as class numbers; names are numbered in alphabetical order, and a note says how."""
+    if column is None:
+        return table
+    values = [_label(row, column, table) for row in table.rows]
+    kinds = [isinstance(value, str) for value in values]
+    if any(kinds) and not all(kinds):
+        odd = kinds.index(not kinds[0])
+        what = f"{column!r} holds {values[odd]!r} here and {values[0]!r} before: names and numbers are mixed."
+        raise DataError(what, place=table.rows[odd].place, remedy="Bring the column to one type.", code="LW-D32")
+    notes, classes = table.notes, table.classes
+    if any(kinds):
+        classes = tuple(sorted({str(v) for v in values}))
+        number = {name: i for i, name in enumerate(classes)}
+        values = [number[str(v)] for v in values]
+        shown = ", ".join(f"{i} = {name}" for i, name in enumerate(classes[:SHOWN]))
+        notes = (*notes, f"{len(classes)} label classes: {shown}{', …' if len(classes) > SHOWN else ''}")
+    rows = [
+        Record({**{k: v for k, v in row.items() if k != column}, "label": value}, row.place)
+        for row, value in zip(table.rows, values, strict=True)
+    ]
+    columns = (*(c for c in table.columns if c not in (column, "label")), "label")
+    return replace(table, rows=rows, columns=columns, notes=notes, classes=classes)
+
+
+def _label(row: Record, column: str, table: Table) -> int | str:
+    value = row.get(column)
+    if not table.typed and isinstance(value, str):
+        value = _number(value)
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, Real) and math.isfinite(value) and float(value).is_integer():
+        return int(float(value))  # a column with gaps elsewhere is read as floating point
+    if isinstance(value, Real) and math.isfinite(value):
+        what, remedy = (
+            f"{column!r} holds {value!r}: labels are classes.",
+            "Real-valued targets are not supported; cut them into classes.",
+        )
+    elif value is None or value == "" or isinstance(value, Real):
+        what, remedy = f"{column!r} is empty.", "Give every row a label, or leave the row out."
+    else:
+        what, remedy = f"{column!r} holds {type(value).__name__}.", "A label is a whole number or a name."
+    raise DataError(what, place=row.place, remedy=remedy, code="LW-D32")
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _features(table: Table, label: Sequence[str]) -> Table:
+    """All columns whose values are numbers; text columns are kept as they are, for the adapter to complain about."""
+    others = [c for c in table.columns if c not in label and c != "split"]
+    numeric = [c for c in others if any(_is_number(row.get(c), table.typed) for row in table.rows)]
+    if not numeric:
+        return table
+    kept = _checked_numbers(table, numeric)
+    rows = [Record({name: row[name] for name in (*numeric, *label)}, row.place) for row in kept.rows]
+    dropped = [c for c in others if c not in numeric]
+    notes = (*table.notes, f"columns left out because they hold no numbers: {', '.join(dropped)}") if dropped else table.notes
+    return replace(table, rows=rows, columns=(*numeric, *label), notes=notes)
+
+
+def _is_number(value: Any, typed: bool) -> bool:
+    if isinstance(value, str) and not typed:
+        value = _number(value)
+    return isinstance(value, Real)
+
+
+def _checked_numbers(table: Table, columns: Sequence[str]) -> Table:
+    """The same rows with these columns as finite floats."""
+    return replace(table, rows=[Record({**row, **{c: _finite(row, c, table) for c in columns}}, row.place) for row in table.rows])
+
+
+def _finite(row: Record, column: str, table: Table) -> float:
+    value = row.get(column)
+    number = _number(value) if isinstance(value, str) and not table.typed else value
+    if not isinstance(number, Real):
+        shown = "is empty" if value in (None, "") else f"holds {value!r} ({type(value).__name__}), other rows numbers"
+        remedy = "Bring the column to one type, or name the columns to use (columns={'x': [...]})."
+        raise DataError(f"{column!r} {shown}.", place=row.place, remedy=remedy, code="LW-D32")
+    if not math.isfinite(number):
+        raise DataError(
+            f"{column!r} holds {number}.", place=row.place, remedy="Mend the value or leave the row out.", code="LW-D33"
+        )
+    return float(number)
+
+
+def _check_text(rows: Sequence[Record], role: str, column: str) -> None:
+    for row in rows:
+        if not isinstance(row[role], str):
+            state = "is empty" if row[role] is None else f"holds {row[role]!r} ({type(row[role]).__name__}), not text"
+            raise DataError(f"{column!r} {state}.", place=row.place, remedy="Bring the column to one type.", code="LW-D32")
+
+
+def check_labels(table: Table, classes: int) -> None:
+    """Raises `DataError` LW-D34, naming the row, for a label outside 0 … `classes` − 1."""
+    for row in table.rows:
+        if row.get("label") is not None and not 0 <= row["label"] < classes:
+            what = f"The label {row['label']} lies outside the model's {classes} classes (0 … {classes - 1})."
+            remedy = "Check the label column, or the number of classes the model was built with."
+            raise DataError(what, place=row.place, remedy=remedy, code="LW-D34")
