@@ -27,7 +27,7 @@ DRIVERS = {
     POSTGRES: POSTGRES,
 }
 EXAMPLES = "Write sqlite:////absolute/path/leaderboard.db or postgresql://user:password@host/database."
-ENCODE = "Percent-encode special characters of the password ('@' is %40, '/' is %2F)."
+ENCODE = "Percent-encode special characters of the password ('@' is %40, '/' is %2F, '?' is %3F)."
 
 MOUNTS = Path("/proc/self/mounts")  # Linux; elsewhere a network mount goes unnoticed until SQLite refuses WAL
 NETWORK = re.compile(r"nfs\d?|cifs|smb\w*|9p|afs|ceph|lustre|glusterfs|fuse\.(sshfs|s3fs|rclone|glusterfs|ceph-fuse|nfs)")
@@ -58,7 +58,9 @@ def _parse(text: str, place: str) -> URL:
     if not text.strip():
         raise DatabaseError("The URL is empty.", place=place, remedy=EXAMPLES, code="LW-B97")
     try:
-        return make_url(text.strip())
+        url = make_url(text.strip())
+        if url.query or "?" not in text:  # what follows a lone '?' would be dropped in silence, also from a file's name
+            return url
     except (ArgumentError, ValueError):
         pass  # raised below, outside this block: the parser's message may quote the password and must not be in the chain
     raise DatabaseError("This is not a database URL.", place=place, remedy=f"{EXAMPLES} {ENCODE}", code="LW-B97")

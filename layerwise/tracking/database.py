@@ -153,6 +153,8 @@ def transact(engine: Engine, work: Callable[[Session], T], *, write: bool = Fals
     while True:
         try:
             with Session(engine.execution_options(**{WRITE: write}), expire_on_commit=False) as session, session.begin():
+                if write:
+                    session.connection()  # begins here and now; a session alone would begin with its first statement
                 return work(session)
         except DRIVER_ERRORS as error:
             passing = _passing(error)

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from numbers import Integral, Real
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, DateTime, Dialect, ForeignKey, String, Text, TypeDecorator, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Double, ForeignKey, String, Text, TypeDecorator, UniqueConstraint
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -103,7 +103,7 @@ class Run(Base):
     plan: Mapped[dict[str, Any]] = mapped_column(PlainJSON)
     methods: Mapped[list[str]] = mapped_column(PlainJSON)
     analyzers: Mapped[list[str]] = mapped_column(PlainJSON)
-    ratio: Mapped[float | None]
+    ratio: Mapped[float | None] = mapped_column(Double)
     before: Mapped[dict[str, Any]] = mapped_column(PlainJSON)
     after: Mapped[dict[str, Any]] = mapped_column(PlainJSON)
     proofs: Mapped[list[dict[str, Any]]] = mapped_column(PlainJSON)
@@ -133,9 +133,9 @@ class LayerScoreRow(Base):
     method: Mapped[str] = mapped_column(Text)
     layer: Mapped[str] = mapped_column(Text)
     position: Mapped[int]
-    score: Mapped[float | None]
-    stderr: Mapped[float | None]
+    score: Mapped[float | None] = mapped_column(Double)
+    stderr: Mapped[float | None] = mapped_column(Double)
     rank: Mapped[int | None]
     status: Mapped[str] = mapped_column(String(16))
-    seconds: Mapped[float]
+    seconds: Mapped[float] = mapped_column(Double)
     samples: Mapped[int]
