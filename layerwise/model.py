@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from layerwise import trees
 from layerwise.adapter import ModalityAdapter, adapter_for
 from layerwise.data import Batch
-from layerwise.errors import UsageError, nearest
+from layerwise.errors import UsageError, UserModelError, nearest
 from layerwise.patching import replacing, skip
 from layerwise.source import Source
 from layerwise.structure import Layer, read_layers
@@ -109,6 +109,13 @@ class UniversalModel:
         layer = self._at(layer_idx)
         with self.capture([layer.name]) as seen:
             output = self.output(Batch.of(x))
+        if layer.name not in seen:
+            raise UserModelError(
+                f"The layer {layer.name} ran when the layers were read and does not run on this input.",
+                place=self.name,
+                remedy="A forward that chooses its layers anew each time cannot be ranked: fix the choice, or give load(example=...).",
+                code="LW-U76",
+            )
         return {"input": seen[layer.name][0], "output": seen[layer.name][1], "model_output": output}
 
     def _at(self, index: int) -> Layer:
