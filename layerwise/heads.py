@@ -54,7 +54,7 @@ def encoder_of(module: nn.Module) -> nn.Module:
     return module
 
 
-def fit_head(model: UniversalModel, data: Data, *, seed: int = 0, strength: float = 1.0) -> UniversalModel:
+def fit_head(model: UniversalModel, data: Data, *, seed: int = 0, strength: float = 0.01) -> UniversalModel:
     """`model`, which gives embeddings, with a linear head fitted on labelled `data`; the encoder is shared and unchanged.
 
     Logistic regression on standardized features (the scale is folded into the weights), L2 with inverse `strength`.

@@ -104,7 +104,7 @@ def _opened(value: Any, place: str) -> Any:
     if isinstance(value, Image.Image):
         image = value
     elif isinstance(value, bytes | str | Path):
-        image = _header(Image, io.BytesIO(value) if isinstance(value, bytes) else value, place)
+        image = _header(Image, io.BytesIO(value if isinstance(value, bytes) else _content(value, place)), place)
     else:
         what = f"The image came as {type(value).__name__}."
         raise DataError(what, place=place, remedy="Give JPEG or PNG bytes, a path, an array or a PIL image.", code="LW-D32")
@@ -112,17 +112,32 @@ def _opened(value: Any, place: str) -> Any:
     return image
 
 
-def _header(library: Any, source: Any, place: str) -> Any:
+def _content(path: str | Path, place: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        what = f"The image {str(path)!r} cannot be read: {error.strerror}."
+        raise DataError(what, place=place, remedy="Check the path and its permissions.", code="LW-D32") from error
+
+
+def _header(library: Any, source: io.BytesIO, place: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", library.DecompressionBombWarning)
             return library.open(source, formats=FORMATS)
-    except FileNotFoundError as error:
-        raise DataError(f"There is no image {str(source)!r}.", place=place, remedy="Check the path.", code="LW-D32") from error
     except (library.DecompressionBombError, library.DecompressionBombWarning) as error:
         raise DataError(f"The image is too large: {error}", place=place, remedy=SMALLER, code="LW-D38") from error
+    except library.UnidentifiedImageError as error:
+        if _is_empty_png(source.getvalue()):  # Pillow does not count it as an image
+            check_size(0, 0, place)
+        raise _damaged(place, f"it is none of {', '.join(FORMATS)}, or its header is broken") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise _damaged(place, error) from error
+
+
+def _is_empty_png(content: bytes) -> bool:
+    """Whether the header says a width or a height of 0."""
+    return content.startswith(b"\x89PNG") and b"\0\0\0\0" in (content[16:20], content[20:24])
 
 
 def check_size(width: int, height: int, place: str) -> None:
@@ -132,7 +147,7 @@ def check_size(width: int, height: int, place: str) -> None:
         raise DataError(what, place=place, remedy=SMALLER, code="LW-D38")
 
 
-def _damaged(place: str, error: Exception) -> DataShardError:
+def _damaged(place: str, error: Exception | str) -> DataShardError:
     return DataShardError(f"The image cannot be decoded: {error}", place=place, remedy="Copy it again or leave it out.")
 
 
