@@ -7,18 +7,29 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 
 from layerwise.errors import CorruptRun, UsageError, nearest
+from layerwise.files import write_atomic
+from layerwise.registry import Registry
 from layerwise.scores import LayerScore, Scores, Status
 
 FORMAT = 1
 COLUMNS = [
     "layer", "index", "kind", "parameters", "method", "score", "stderr", "rank", "status", "reason", "seconds", "samples",
 ]  # fmt: skip
+
+
+class Renderer(Protocol):
+    """Turns a report into a document. The page is built a floor above this one, so it is found by name and not imported."""
+
+    def __call__(self, report: ImportanceReport, **details: Any) -> str: ...
+
+
+RENDERERS: Registry[Renderer] = Registry("renderer", "layerwise.report")
 
 
 @dataclass(frozen=True)
@@ -143,6 +154,23 @@ class ImportanceReport:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+
+    def to_html(self, path: str | Path | None = None, **details: Any) -> str:
+        """The report as one HTML page that works offline; `details` are the keywords of `layerwise.report.render`.
+
+        With `path` the page is also written there, whole or not at all.
+        """
+        text = RENDERERS["html"]()(self, **details)
+        if path is not None:
+            write_atomic(path, text)
+        return text
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the JSON that `load` reads, whole or not at all; into a folder as ``report.json``. Gives the file's path."""
+        path = Path(path)
+        path = path / "report.json" if path.is_dir() else path
+        write_atomic(path, self.to_json())
+        return path
 
     @classmethod
     def load(cls, path: str | Path) -> ImportanceReport:
