@@ -113,7 +113,7 @@ class UniversalModel:
             raise UserModelError(
                 f"The layer {layer.name} ran when the layers were read and does not run on this input.",
                 place=self.name,
-                remedy="A forward that chooses its layers anew each time cannot be ranked: fix the choice, or give load(example=...).",
+                remedy="A forward that chooses its layers each time cannot be ranked: fix the choice, or give load(example=...).",
                 code="LW-U76",
             )
         return {"input": seen[layer.name][0], "output": seen[layer.name][1], "model_output": output}
