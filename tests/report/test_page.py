@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -99,6 +100,13 @@ def test_nothing_is_fetched(text: str) -> None:
 def test_plotly_is_inside_once(text: str) -> None:
     assert text.count("plotly.js v") == 1
     assert text.count('type="application/json"') == 1
+
+
+def test_no_sign_in_the_figures_can_end_their_script(text: str) -> None:
+    start = text.index('type="application/json" id="figures">')
+    data = text[text.index(">", start) + 1 : text.index("</script>", start)]
+    assert json.loads(data)["heatmap"]["data"][1]["hovertext"][0][0].startswith("<b>encoder.layer.0</b>")
+    assert not set("<>&") & set(data)
 
 
 def test_what_comes_from_the_user_is_escaped(text: str) -> None:
