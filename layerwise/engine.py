@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +169,8 @@ def chosen_analyzers(methods: Methods, seed: int = 0) -> dict[str, ImportanceAna
 
 
 def _analyzer(name: str, seed: int) -> ImportanceAnalyzer:
-    cls = ANALYZERS[name]
-    return cls(seed=seed) if "seed" in getattr(cls, "__dataclass_fields__", {}) else cls()
+    analyzer: Any = ANALYZERS[name]()
+    return replace(analyzer, seed=seed) if "seed" in {f.name for f in fields(analyzer)} else analyzer
 
 
 def _universal(model: UniversalModel | nn.Module) -> UniversalModel:

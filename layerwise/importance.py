@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
+from scipy.stats import rankdata
 
 from layerwise.errors import CorruptRun, UsageError, nearest
 from layerwise.files import write_atomic
@@ -196,17 +197,21 @@ def _agree(a: Scores, b: Scores, resamples: int, generator: np.random.Generator)
     x = np.array([left[n] for n in common])
     y = np.array([right[n] for n in common])
     picks = generator.integers(0, max(len(common), 1), size=(resamples, len(common)))
-    draws = [rho for p in picks if math.isfinite(rho := spearman(x[p], y[p]))] if len(common) > 2 else []
-    low, high = np.percentile(draws, [2.5, 97.5]) if draws else (math.nan, math.nan)
+    draws = spearman_rows(x[picks], y[picks]) if len(common) > 2 else np.empty(0)
+    draws = draws[np.isfinite(draws)]
+    low, high = np.percentile(draws, [2.5, 97.5]) if len(draws) else (math.nan, math.nan)
     return Agreement(a.method, b.method, spearman(x, y), float(low), float(high), len(common))
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
     """Spearman's rank correlation with mean ranks for ties; NaN where one side is constant or there are < 2 values."""
-    if len(x) < 2:
-        return math.nan
-    rx = pd.Series(x).rank().to_numpy()
-    ry = pd.Series(y).rank().to_numpy()
-    if np.ptp(rx) == 0 or np.ptp(ry) == 0:
-        return math.nan
-    return float(np.corrcoef(rx, ry)[0, 1])
+    return float(spearman_rows(x[None], y[None])[0]) if len(x) > 1 else math.nan
+
+
+def spearman_rows(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """`spearman` of each row of `x` with the same row of `y`, both (rows, values), all rows at once."""
+    rx, ry = (rankdata(a, axis=1) for a in (x, y))
+    rx, ry = (a - a.mean(1, keepdims=True) for a in (rx, ry))
+    scale = np.sqrt((rx * rx).sum(1) * (ry * ry).sum(1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(scale > 0, (rx * ry).sum(1) / scale, np.nan)

@@ -20,7 +20,7 @@ from layerwise.data import Data
 from layerwise.errors import MissingDependency, TargetMissed, UsageError, nearest
 from layerwise.evaluation import Evaluation
 from layerwise.importance import ImportanceReport
-from layerwise.measure import costs, latency
+from layerwise.measure import costs, evaluate, latency
 from layerwise.method import METHODS, CompressionMethod, apply_plan, step_of
 from layerwise.model import UniversalModel
 from layerwise.plan import Candidate, CompressionPlan, Step
@@ -124,7 +124,7 @@ class Planner:
         if methods and not steps:
             return None
         sizes = {layer.name: byte_size(changed.module.get_submodule(layer.name)) for layer in self.model.layers}
-        quality = self._quality(self._evaluated(changed).means()) if methods else self._quality(before)
+        quality = self._quality(evaluate(changed, self.data, reference=self.model).means()) if methods else self._quality(before)
         return Variant(methods, sizes, byte_size(changed.module) - sum(sizes.values()), quality)
 
     def _steps(self, skipped: LayerSet, cut: CompressionMethod | None, methods: Iterable[CompressionMethod]) -> tuple[Step, ...]:
@@ -137,13 +137,6 @@ class Planner:
                 steps.append(step_of(method, treated))
         return tuple(steps)
 
-    def _evaluated(self, model: UniversalModel) -> Evaluation:
-        evaluation = Evaluation(self.task)
-        for batch in self.data:
-            batch = batch.to(self.model.device)
-            evaluation.add(model.predict(batch), batch, self.model.predict(batch))
-        return evaluation
-
     def _quality(self, means: Mapping[str, float]) -> float:
         """The task's quality, turned so that higher is better."""
         value = means[self.task.quality]
@@ -154,7 +147,7 @@ class Planner:
     ) -> list[tuple[LayerSet, Variant]]:
         """Pairs whose estimated figures break the targets least, best estimated quality first."""
         whole = self._quality(before)
-        rows = []
+        rows: list[tuple[float, float, float, int, LayerSet, Variant]] = []
         for variant in variants:
             for skipped, evaluation in skips.items() if variant else ():
                 assert variant is not None
@@ -194,7 +187,7 @@ class Planner:
         for skipped, variant in ranked[:MOST_MEASURED]:
             steps = self._steps(skipped, cut, variant.methods)
             model = apply_plan(self.model, CompressionPlan(steps)).model
-            evaluation = self._evaluated(model)
+            evaluation = evaluate(model, self.data, reference=self.model)
             figures = costs(model) | evaluation.means()
             if timed:
                 figures["latency"] = latency(model, self.data[0])
