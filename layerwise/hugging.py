@@ -21,9 +21,9 @@ def reads_text_only(module: nn.Module) -> bool:
 
 def is_bare(module: nn.Module) -> bool:
     """Whether the class gives hidden states and has no head."""
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-    return type(module).__name__ in _classes(MODEL_MAPPING_NAMES)
+    return type(module).__name__ in _classes(MODEL_MAPPING_NAMES) | _classes(MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES)
 
 
 def is_causal(module: nn.Module) -> bool:
