@@ -29,7 +29,6 @@ from layerwise.proofs import prove
 from layerwise.result import CompressionResult
 from layerwise.scores import Scores
 from layerwise.target import Target
-from layerwise.tracking import PerformanceTracker
 from layerwise.weights import check_finite
 
 # Chosen before any was judged against measured damage: one of each family. Part of every report, with the baselines beside them.
@@ -140,11 +139,15 @@ def export(model: UniversalModel, path: str | Path, data: Any = None, *, force: 
 
 def track(result: CompressionResult, *, database: str | None = None, **details: Any) -> int:
     """Records `result` in the database (a URL; default ``LAYERWISE_DB`` or the user's own) and returns the row's id."""
+    from layerwise.tracking import PerformanceTracker  # the database library is loaded by whoever records
+
     return PerformanceTracker(database).track(result, **details)
 
 
 def leaderboard(domain: str | None = None, *, database: str | None = None, **filters: Any) -> pd.DataFrame:
     """Recorded results, best first within each task, data set and device."""
+    from layerwise.tracking import PerformanceTracker
+
     return PerformanceTracker(database).generate_leaderboard(domain, **filters)
 
 

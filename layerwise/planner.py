@@ -145,9 +145,10 @@ class Planner:
     def _ranked(
         self, variants: Sequence[Variant | None], skips: Mapping[LayerSet, Evaluation], before: Mapping[str, float]
     ) -> list[tuple[LayerSet, Variant]]:
-        """Pairs whose estimated figures break the targets least, best estimated quality first."""
-        whole = self._quality(before)
-        rows: list[tuple[float, float, float, int, LayerSet, Variant]] = []
+        """Pairs whose estimated figures break the targets least; then those that lose less than the noise, cheapest first;
+        then the best estimated quality first."""
+        whole, noise = self._quality(before), skips[frozenset()].stderr().get(self.task.quality, 0.0)
+        rows: list[tuple[float, float, float, LayerSet, Variant]] = []
         for variant in variants:
             for skipped, evaluation in skips.items() if variant else ():
                 assert variant is not None
@@ -157,8 +158,14 @@ class Planner:
                 quality = self._quality(means) + variant.quality - whole
                 figures = dict(before) | means | self._cost_estimate(skipped, variant, before)
                 figures[self.task.quality] = quality if self.task.higher_is_better else -quality
-                rows.append((self._violation(figures, before), -quality, figures["macs"], len(rows), skipped, variant))
-        return [(skipped, variant) for *_, skipped, variant in sorted(rows, key=lambda row: row[:4])]
+                rows.append((self._violation(figures, before), -quality, figures["macs"], skipped, variant))
+        best = max((-row[1] for row in rows if not row[0]), default=whole)
+
+        def order(row: tuple[float, float, float, LayerSet, Variant]) -> tuple[float, bool, float, float]:
+            as_good = -row[1] >= best - noise
+            return (row[0], not as_good, row[2] if as_good else row[1], row[1])
+
+        return [(skipped, variant) for *_, skipped, variant in sorted(rows, key=order)]
 
     def _cost_estimate(self, skipped: LayerSet, variant: Variant, before: Mapping[str, float]) -> dict[str, float]:
         kept = [layer for layer in self.model.layers if layer.name not in skipped]

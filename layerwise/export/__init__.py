@@ -1,4 +1,4 @@
-"""Artifact formats, one file each; they find their way into `layerwise.artifact.EXPORTERS` by themselves."""
+"""Exporters, one file each; they find their way into `layerwise.artifact.EXPORTERS` by themselves."""
 
 from layerwise.verb import make_callable
 
