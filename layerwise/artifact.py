@@ -1,0 +1,135 @@
+"""`Artifact`: a model exported to a file of another runtime, checked there against torch before it gets its name.
+
+Decision: an exporter writes into a folder beside the final place, runs what it wrote in its own runtime and compares. Only then
+the file is moved: an export that computes something else leaves nothing behind that could be taken for a good one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from layerwise.data import Data
+from layerwise.errors import UsageError, nearest
+from layerwise.files import disk_errors, sha256_file
+from layerwise.files.atomic import beside, full_disk, sync
+from layerwise.model import UniversalModel
+from layerwise.registry import Registry
+from layerwise.result import Proof
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How near the artifact's outputs are to torch's: largest absolute difference, and that relative to the largest output.
+
+    `bound` is on the relative one; `samples` how many were compared, in batches of other sizes than the export's.
+    """
+
+    absolute: float
+    relative: float
+    bound: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file that was run and compared. `bytes` counts the files that belong to it, `sha256` (hex) is of the one at `path`."""
+
+    path: Path
+    format: str
+    bytes: int
+    sha256: str
+    parity: Parity
+    runtime: str
+    notes: tuple[str, ...] = ()
+
+    def proof(self) -> Proof:
+        """The fourth proof, for a result's list."""
+        detail = (
+            f"{self.format} in {self.runtime}: largest difference relative to the largest output, {self.parity.samples} samples"
+        )
+        detail = "; ".join([detail, *self.notes])
+        return Proof("export_parity", self.parity.relative <= self.parity.bound, detail, self.parity.relative, self.parity.bound)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"path": str(self.path)}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an exporter says of the file it wrote."""
+
+    parity: Parity
+    runtime: str
+    notes: tuple[str, ...] = ()
+
+
+class Exporter(ABC):
+    """One file format. A frozen dataclass of settings."""
+
+    suffix: ClassVar[str]
+    format: ClassVar[str]
+
+    @abstractmethod
+    def write(self, model: UniversalModel, path: Path, data: Data) -> Written:
+        """Writes `path` (and what belongs to it beside it), runs it in its runtime on `data` and compares with torch.
+
+        Raises `ExportMismatch` naming the first diverging layer, `UserModelError` (LW-U79) for what the format cannot say.
+        """
+
+
+EXPORTERS: Registry[Exporter] = Registry("exporter", "layerwise.export")
+
+
+def exporter_for(path: Path) -> Exporter:
+    """The exporter for the suffix of `path`. Raises `UsageError` with the nearest suffix."""
+    suffixes = {cls.suffix: cls for cls in EXPORTERS.values()}
+    if path.suffix not in suffixes:
+        what = f"No exporter writes {path.suffix!r} files." if path.suffix else "The name has no suffix to choose a format by."
+        raise UsageError(what, place=str(path), remedy=nearest(path.suffix, suffixes))
+    return suffixes[path.suffix]()
+
+
+def export(model: UniversalModel, path: str | Path, data: Data | None = None, *, force: bool = False) -> Artifact:
+    """Writes `model` in the format that the suffix of `path` names, and compares it with torch on `data` (or on the example).
+
+    Raises `UsageError` LW-C07 when `path` exists and not `force`, `ExportMismatch` with nothing left at `path`, `DiskFull`.
+    """
+    path = Path(path)
+    exporter = exporter_for(path)
+    if os.path.lexists(path) and not force:
+        raise UsageError(
+            "output exists.", place=str(path.absolute()), remedy="Choose another name, or add --force.", code="LW-C07"
+        )
+    given = data if data is not None else Data.of([model.example], name="a made-up batch")
+    model.see(given[0].to(model.device))
+    with _moved_when_whole(path) as folder:
+        written = exporter.write(model, folder / path.name, given)
+        files = [f for f in folder.iterdir() if f.is_file()]
+        size, digest = sum(f.stat().st_size for f in files), sha256_file(folder / path.name)
+    notes = written.notes if data is not None else (*written.notes, "compared on a made-up batch: no data was given")
+    return Artifact(path, exporter.format, size, digest, written.parity, written.runtime, notes)
+
+
+@contextmanager
+def _moved_when_whole(path: Path) -> Iterator[Path]:
+    """A folder beside `path`; after the block its files are moved to where `path` is, the one of that name last."""
+    folder = beside(path)
+    with disk_errors(path):
+        folder.mkdir(parents=True)
+    try:
+        with full_disk(path):
+            yield folder
+        with disk_errors(path):
+            for file in sorted(folder.iterdir(), key=lambda f: f.name == path.name):
+                sync(file)
+                os.replace(file, path.parent / file.name)
+            sync(path.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # what counts is the error that is on its way
