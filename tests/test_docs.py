@@ -1,0 +1,58 @@
+"""What is public is documented, and what the documents show runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import layerwise
+from layerwise.analyzer import ANALYZERS
+from layerwise.artifact import EXPORTERS
+from layerwise.method import METHODS
+from tests.conftest import ROOT
+
+DOCS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", sorted(ANALYZERS))
+def test_every_analyzer_is_on_its_page(name: str) -> None:
+    assert f"`{name}`" in text_of("docs/analyzers.md")
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_compression_method_is_on_its_page(name: str) -> None:
+    assert f"`{name}`" in text_of("docs/compression.md")
+
+
+@pytest.mark.parametrize("name", sorted(EXPORTERS))
+def test_every_exporter_is_documented(name: str) -> None:
+    assert EXPORTERS[name].suffix in text_of("docs/compression.md") + text_of("README.md")
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    for name in set(layerwise.__all__) - {"__version__"}:
+        assert (getattr(layerwise, name).__doc__ or "").strip(), name
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda p: p.name)
+def test_links_inside_the_project_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_readmes_python_runs(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", text_of("README.md"), re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "smaller.onnx").is_file()
+    assert (tmp_path / "report.html").stat().st_size > 1_000_000, "plotly is not inside"
+    assert "False" not in done.stdout.split("[(")[1], "a proof failed"
