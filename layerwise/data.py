@@ -78,9 +78,9 @@ class Batch:
 class Data:
     """Batches that can be gone through again and again, with a name for reports and a fingerprint of the content."""
 
-    batches: Sequence[Any]
+    batches: Sequence[Any] = field(repr=False)  # raw rows may be megabytes of image bytes
     name: str = "data"
-    collate: Callable[[Any], Batch] = Batch.of
+    collate: Callable[[Any], Batch] = field(default=Batch.of, repr=False)
     source_fingerprint: str = ""
     notes: tuple[str, ...] = ()
 
