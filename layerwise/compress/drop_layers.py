@@ -66,8 +66,9 @@ class PassThrough(nn.Module):
 
     def __init__(self, stream: Stream, form: Any, settings: Mapping[str, Any]) -> None:
         super().__init__()
-        self.stream = stream
-        self.form = form  # the layer's output with every tensor taken out
+        # private, since the layer's own public settings come to stand beside them
+        self._stream = stream
+        self._form = form  # the layer's output with every tensor taken out
         for name, value in settings.items():  # the model may ask its blocks what kind they are
             setattr(self, name, value)
 
@@ -78,8 +79,8 @@ class PassThrough(nn.Module):
         return stand_in.train(layer.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.form
-        for leaves, enters in ((self.stream.leaves, self.stream.enters), *self.stream.passed):
+        output = self._form
+        for leaves, enters in ((self._stream.leaves, self._stream.enters), *self._stream.passed):
             output = trees.replaced(output, leaves, trees.get((args, kwargs), enters))
         return output
 

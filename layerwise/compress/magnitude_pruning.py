@@ -79,7 +79,7 @@ def weights_of(root: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
 def zero_smallest_(weights: Sequence[Tensor], count: int) -> None:
     """Sets the `count` elements of `weights` with the smallest |w| to zero; of equal ones the first.
 
-    By `torch.kthvalue`, since `torch.quantile` refuses more than 16 M elements.
+    By `torch.kthvalue`: `torch.quantile` interpolates between elements, and older versions refuse more than 16 M of them.
     """
     if not count:
         return
