@@ -42,33 +42,45 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    model: str | None = Field(None, description="what to load: timm:NAME, hf:ID_OR_DIR, FILE.py:FACTORY or a saved folder")
-    weights: str | None = Field(None, description="a safetensors file with the model's weights")
-    task: str | None = Field(None, description="what the model does; by default it follows from the data")
-    data: str | None = Field(None, description="what to measure on: a file, a folder, hf:DATASET or sklearn:digits")
-    split: str | None = Field(None, description="which part of the data, such as train or test")
-    limit: Count | None = Field(None, description="use at most this many samples")
-    batch_size: Count = Field(32, description="samples per batch")
-    eval_data: str | None = Field(None, description="measure the compressed model on this data (default: on --data)")
-    eval_split: str | None = Field(None, description="which part of the evaluation data")
-    eval_limit: Count | None = Field(None, description="use at most this many evaluation samples")
-    text_column: str | None = Field(None, description="the column that holds the text")
-    pair_column: str | None = Field(None, description="the column that holds the second text of a pair")
-    image_column: str | None = Field(None, description="the column that holds the image or its path")
-    audio_column: str | None = Field(None, description="the column that holds the sound or its path")
-    label_column: str | None = Field(None, description="the column that holds the label")
-    methods: Names = Field(("auto",), description="ways to rank the layers, with commas (see: layerwise methods)")
-    targets: Names = Field((), description="the budget, with commas: size<=0.5x, accuracy>=0.98x, latency<=20ms")
-    ratio: float | None = Field(None, gt=0, lt=1, description="short for the target size<=RATIOx, between 0 and 1")
-    compress_methods: Names = Field(("auto",), description="ways to compress that the planner may use, with commas")
-    export: Names = Field((), description="artifacts to write, with commas, such as model.onnx")
-    device: str | None = Field(None, description="cpu, cuda, cuda:0, mps (default: cpu)")
-    seed: int = Field(0, ge=0, le=LARGEST, description="the seed of everything random")
-    out: str | None = Field(None, description="the file or folder to write")
-    lang: Literal["en", "zh"] = Field("en", description="the language of the report: en or zh")
-    database: str | None = Field(None, description="the leaderboard, as a URL (default: $LAYERWISE_DB, then your data folder)")
-    timeout: float | None = Field(None, gt=0, le=1e9, description="give up after this many seconds without progress")
-    force: bool = Field(False, description="replace what is there already")
+    model: str | None = Field(
+        None, description="what to load: timm:NAME, hf:ID_OR_DIR, FILE.py:FACTORY (runs code) or a saved folder"
+    )
+    weights: str | None = Field(default=None, description="a safetensors file with the model's weights")
+    head: str | None = Field(
+        default=None, description="labelled data to fit a linear classifier on (for embeddings)"
+    )
+    task: str | None = Field(default=None, description="what the model does; by default it follows from the data")
+    data: str | None = Field(default=None, description="what to measure on: a file, a folder, hf:DATASET or sklearn:digits")
+    split: str | None = Field(default=None, description="which part of the data, such as train or test")
+    limit: Count | None = Field(default=None, description="use at most this many samples")
+    batch_size: Count = Field(default=32, description="samples per batch")
+    eval_data: str | None = Field(default=None, description="measure the compressed model on this data (default: on --data)")
+    eval_split: str | None = Field(default=None, description="which part of the evaluation data")
+    eval_limit: Count | None = Field(default=None, description="use at most this many evaluation samples")
+    text_column: str | None = Field(default=None, description="the column that holds the text")
+    text_pair_column: str | None = Field(default=None, description="the column that holds the second text of a pair")
+    image_column: str | None = Field(default=None, description="the column that holds the image or its path")
+    audio_column: str | None = Field(default=None, description="the column that holds the sound or its path")
+    x_columns: Names = Field(default=(), description="the columns that hold numbers, with commas")
+    label_column: str | None = Field(default=None, description="the column that holds the label")
+    target_column: str | None = Field(default=None, description="the column that holds the text to produce")
+    max_bad_shards: int = Field(
+        default=0, ge=0, le=LARGEST, description="go on without this many damaged files of a data set"
+    )
+    methods: Names = Field(default=("auto",), description="ways to rank the layers, with commas (see: layerwise methods)")
+    targets: Names = Field(default=(), description="the budget, with commas: size<=0.5x, accuracy>=0.98x, latency<=20ms")
+    ratio: float | None = Field(default=None, gt=0, lt=1, description="short for the target size<=RATIOx, between 0 and 1")
+    compress_methods: Names = Field(default=("auto",), description="ways to compress that the planner may use, with commas")
+    export: Names = Field(default=(), description="artifacts to write, with commas, such as model.onnx")
+    device: str | None = Field(default=None, description="cpu, cuda, cuda:0, mps (default: cpu)")
+    seed: int = Field(default=0, ge=0, le=LARGEST, description="the seed of everything random")
+    out: str | None = Field(default=None, description="the file or folder to write")
+    lang: Literal["en", "zh"] = Field(default="en", description="the language of the report: en or zh")
+    database: str | None = Field(
+        default=None, description="the leaderboard as a URL (default: $LAYERWISE_DB, then your own)"
+    )
+    timeout: float | None = Field(default=None, gt=0, le=1e9, description="give up after this many seconds without progress")
+    force: bool = Field(default=False, description="replace what is there already")
 
     @property
     def all_targets(self) -> list[str]:
@@ -76,10 +88,10 @@ class RunConfig(BaseModel):
         return [*self.targets, *([f"size<={self.ratio:g}x"] if self.ratio is not None else [])]
 
     @property
-    def columns(self) -> dict[str, str] | None:
-        """Role (text, pair, image, audio, label) → column; None when nothing is named."""
+    def columns(self) -> dict[str, str | list[str]] | None:
+        """Role (text, text_pair, image, audio, x, label, target) → column; None when nothing is named."""
         roles = {name.removesuffix("_column"): value for name, value in self if name.endswith("_column") and value}
-        return roles or None
+        return roles | ({"x": list(self.x_columns)} if self.x_columns else {}) or None
 
 
 def load_config(path: str | Path, **flags: Any) -> RunConfig:

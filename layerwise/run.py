@@ -11,7 +11,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,9 +32,9 @@ from layerwise.runfolder import CONFIG, RunFolder, final_of, key_of, new_folder,
 
 Progress = Callable[[int, int], None]
 
-MODEL = ("model", "weights", "task", "device", "seed")
-COLUMNS = ("text_column", "pair_column", "image_column", "audio_column", "label_column")
-DATA = ("data", "split", "limit", "batch_size", *COLUMNS)
+MODEL = ("model", "weights", "head", "task", "device", "seed")
+COLUMNS = ("text_column", "text_pair_column", "image_column", "audio_column", "x_columns", "label_column", "target_column")
+DATA = ("data", "split", "limit", "batch_size", "max_bad_shards", *COLUMNS)
 EVALUATION = ("eval_data", "eval_split", "eval_limit")
 
 
@@ -95,7 +95,10 @@ class Walk:
         c = self.config
         if not c.model:
             raise UsageError("--model is missing.", code="LW-C03")
-        return engine.load(c.model, c.task, c.weights, device=c.device)
+        model = open_model(c)
+        for note in model.notes:
+            self.listener.note(note)
+        return model
 
     @cached_property
     def data(self) -> Data:
@@ -113,7 +116,7 @@ class Walk:
         c = self.config
         if not spec:
             raise UsageError("--data is missing.", code="LW-C03")
-        return engine.load_data(spec, self.model, split, limit, c.batch_size, columns=c.columns, seed=c.seed)
+        return open_data(c, self.model, spec, split, limit)
 
     @cached_property
     def report(self) -> ImportanceReport:
@@ -142,6 +145,12 @@ class Walk:
             tuple(Proof.from_dict(proof) for proof in saved["proofs"]),
             saved["original"],
         )
+
+    @property
+    def shipped(self) -> CompressionResult:
+        """The result with the proofs of its artifacts."""
+        proofs = tuple(Proof.from_dict(artifact["proof"]) for artifact in self.artifacts)
+        return replace(self.result, proofs=(*self.result.proofs, *proofs))
 
     @cached_property
     def artifacts(self) -> list[dict[str, Any]]:
@@ -247,7 +256,8 @@ def _export(walk: Walk, progress: Progress) -> None:
     for position, name in enumerate(names):
         place.mkdir(exist_ok=True)
         artifact = engine.export(walk.result.model, place / name, walk.evaluation, force=True)
-        made.append(artifact.to_dict() | {"name": name, "path": f"artifacts/{name}"})
+        about = {"name": name, "kind": artifact.format, "path": f"artifacts/{name}", "size": artifact.bytes}
+        made.append(artifact.to_dict() | about | {"proof": artifact.proof().to_dict()})
         progress(position + 1, len(names))
     walk.artifacts = made
     walk.write("artifacts.json", json.dumps(made, indent=1) + "\n")
@@ -255,7 +265,7 @@ def _export(walk: Walk, progress: Progress) -> None:
 
 def _track(walk: Walk, progress: Progress) -> None:
     c = walk.config
-    engine.track(walk.result, database=c.database, report=walk.report, folder=str(walk.folder.final))
+    engine.track(walk.shipped, database=c.database, report=walk.report, folder=str(walk.folder.final))
 
 
 def _report(walk: Walk, progress: Progress) -> None:
@@ -266,7 +276,7 @@ def _report(walk: Walk, progress: Progress) -> None:
         walk.folder.partial,
         walk.report,
         plan=walk.plan,
-        result=walk.result,
+        result=walk.shipped,
         leaderboard=engine.leaderboard(walk.report.domain or None, database=c.database),
         reproduce=["layerwise run --config config.yaml --out again"],
         artifacts=walk.artifacts,
@@ -282,6 +292,26 @@ STAGES = (
     Stage("track", "Recording", _track, (), ("database",)),
     Stage("report", "Writing the report", _report, ("report.html", "figures"), ("lang",)),
 )
+
+
+def open_model(config: RunConfig) -> UniversalModel:
+    """The model that the settings name."""
+    assert config.model  # whoever calls has checked
+    return engine.load(config.model, config.task, config.weights, device=config.device, head=config.head)
+
+
+def open_data(config: RunConfig, model: UniversalModel, spec: str, split: str | None, limit: int | None) -> Data:
+    """Batches for `model` from `spec`, read as the settings say."""
+    return engine.load_data(
+        spec,
+        model,
+        split,
+        limit,
+        config.batch_size,
+        columns=config.columns,
+        seed=config.seed,
+        max_bad_shards=config.max_bad_shards,
+    )
 
 
 def methods_of(names: tuple[str, ...]) -> str | list[str]:
@@ -310,7 +340,7 @@ def require_proven(result: CompressionResult) -> None:
 
 
 def _outcome(walk: Walk) -> tuple[Any, ...]:
-    return walk.report, walk.result, tuple(walk.artifacts), tuple(walk.result.missed())
+    return walk.report, walk.shipped, tuple(walk.artifacts), tuple(walk.result.missed())
 
 
 def _show_failure(walk: Walk) -> None:

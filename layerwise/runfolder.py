@@ -67,7 +67,7 @@ class RunFolder:
         return True, ""
 
     def record(self, stage: str, key: str, outputs: Iterable[str], seconds: float) -> None:
-        """Notes a finished stage with the SHA-256 of all files in `outputs` (files and folders)."""
+        """Notes a finished stage with the SHA-256 of the files in `outputs` (files and folders, as far as it made them)."""
         files = {file.relative_to(self.partial).as_posix(): sha256_file(file) for file in self._files(outputs)}
         self.stages[stage] = {"key": key, "seconds": round(seconds, 3), "files": files}
         self._save()
@@ -97,7 +97,7 @@ class RunFolder:
     def _files(self, outputs: Iterable[str]) -> list[Path]:
         found: list[Path] = []
         for path in map(self.path, outputs):
-            found += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+            found += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
         return found
 
     def _save(self) -> None:

@@ -89,11 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not arguments:
             app(["--help"], prog_name="layerwise", standalone_mode=False)
             return 2
-        return int(app(arguments, prog_name="layerwise", standalone_mode=False) or 0)
+        return int(app(arguments, prog_name="layerwise", standalone_mode=False) or 0)  # Ctrl-C before a command runs: 130
     except LayerwiseError as error:
         return _report(error, arguments)
-    except KeyboardInterrupt as stop:
-        return _interrupted(stop, arguments)
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         sys.stdout = None  # else the interpreter complains when it flushes at the end
         return 0
@@ -101,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(_usage(error), arguments)
     except Exception as error:
         return _report(_unexpected(error), arguments)
+    except BaseException as stop:
+        return _interrupted(stop, arguments)
 
 
 def _check_text(arguments: Sequence[str]) -> None:
@@ -124,9 +124,11 @@ def _report(error: LayerwiseError, arguments: Sequence[str]) -> int:
     return error.exit_code
 
 
-def _interrupted(stop: KeyboardInterrupt, arguments: Sequence[str]) -> int:
-    from layerwise.cli.stopping import exit_code, resume_line
+def _interrupted(stop: BaseException, arguments: Sequence[str]) -> int:
+    from layerwise.cli.stopping import Stopped, exit_code, resume_line
 
+    if not isinstance(stop, Stopped | KeyboardInterrupt):
+        raise stop
     if "--debug" in arguments:
         traceback.print_exception(stop)
     code, resume = exit_code(stop), resume_line(stop)

@@ -8,10 +8,12 @@ from layerwise.cli.options import verb
 from layerwise.cli.screen import Screen
 from layerwise.config import RunConfig
 
-KEYS = (
-    "model", "weights", "task", "data", "split", "limit", "batch_size", "text_column", "pair_column", "image_column",
-    "audio_column", "label_column",
+MODEL = ("model", "weights", "head", "task")
+DATA = (
+    "data", "split", "limit", "batch_size", "text_column", "text_pair_column", "image_column", "audio_column", "x_columns",
+    "label_column", "target_column", "max_bad_shards",
 )  # fmt: skip
+KEYS = (*MODEL, *DATA)
 
 
 @verb(*KEYS, "methods", "timeout", "force", needs=("model",))

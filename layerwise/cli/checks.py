@@ -13,7 +13,7 @@ from layerwise.errors import UsageError
 
 SCHEME = re.compile(r"[a-z][a-z0-9_]*:")
 NEAR = 5  # names that are shown when a pattern matches none
-PATHS = ("model", "weights", "data", "eval_data")
+PATHS = ("model", "weights", "head", "data", "eval_data")
 
 
 def inputs(config: RunConfig) -> list[Path]:
@@ -28,16 +28,20 @@ def inputs(config: RunConfig) -> list[Path]:
 
 
 def local_path(spec: str | None) -> Path | None:
-    """The file or folder that a spec names: a path, ``FILE.py:FACTORY``, or ``hf:`` and an existing folder."""
+    """The file or folder that a spec names: a path, ``FILE.py:FACTORY``, or ``hf:`` and an existing folder.
+
+    None for what may be another kind of name: the verbs know which there are.
+    """
     if not spec:
         return None
     file, colon, _ = spec.rpartition(":")
     if colon and file.endswith(".py"):
-        return Path(file)
+        return Path(file).expanduser()
     if SCHEME.match(spec):
-        path = Path(spec.partition(":")[2])
+        path = Path(spec.partition(":")[2]).expanduser()
         return path if spec.startswith("hf:") and path.exists() else None
-    return Path(spec)
+    path = Path(spec).expanduser()
+    return path if os.path.lexists(path) or "/" in spec or path.suffix else None
 
 
 def readable(path: Path, where: str, *, kind: str = "file") -> Path:
@@ -84,34 +88,16 @@ def apart(path: Path, sources: Iterable[Path]) -> None:
 
 def device(name: str | None) -> None:
     """Raises `UsageError` LW-C10, with the devices that there are, for one that is not here."""
-    if name in (None, "cpu"):
-        return
-    known = devices()
-    if name not in known:
-        raise UsageError(
-            f"There is no device {name!r} here.", place="--device", remedy=f"Devices: {', '.join(known)}.", code="LW-C10"
-        )
+    if name is not None:
+        from layerwise.loading import available
+
+        available(name)
 
 
-def devices() -> list[str]:
-    """The names that ``--device`` takes on this machine."""
-    import torch
-
-    found = ["cpu"]
-    if torch.cuda.is_available():
-        found += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        found.append("mps")
-    return found
-
-
-def matching(pattern: str, names: Sequence[str]) -> list[str]:
-    """The layer `names` in which the regular expression is found.
-
-    Raises `UsageError` LW-C11 with the position of a mistake in it, LW-C12 with near names when it matches none.
-    """
+def compiled(pattern: str) -> re.Pattern[str]:
+    """The regular expression. Raises `UsageError` LW-C11 with the position of a mistake in it."""
     try:
-        expression = re.compile(pattern)
+        return re.compile(pattern)
     except re.error as error:
         raise UsageError(
             f"{pattern!r} is not a regular expression: {error.msg} at position {error.pos}.",
@@ -119,11 +105,15 @@ def matching(pattern: str, names: Sequence[str]) -> list[str]:
             remedy="Put a backslash before a character that is meant literally.",
             code="LW-C11",
         ) from None
+
+
+def matching(expression: re.Pattern[str], names: Sequence[str]) -> list[str]:
+    """The layer `names` in which `expression` is found. Raises `UsageError` LW-C12 with near names when there is none."""
     found = [name for name in names if expression.search(name)]
     if not found:
-        near = difflib.get_close_matches(pattern, names, n=NEAR, cutoff=0.0)
+        near = difflib.get_close_matches(expression.pattern, names, n=NEAR, cutoff=0.0)
         raise UsageError(
-            f"{pattern!r} matches none of the {len(names)} layers.",
+            f"{expression.pattern!r} matches none of the {len(names)} layers.",
             place="--layers",
             remedy=f"Near: {', '.join(near)}.",
             code="LW-C12",

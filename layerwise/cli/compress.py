@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,13 +35,14 @@ def command(config: RunConfig, screen: Screen, *, plan: PlanFile = None, method:
 
     if (plan is None) == (method is None):
         raise UsageError("Give either --plan FILE or --method NAME.", place="--plan", remedy="See --help.", code="LW-C03")
+    pattern = checks.compiled(layers or "")
     sources = [*checked(config), *([checks.readable(plan, "--plan")] if plan else [])]
     out = checks.output(config.out, sources, force=config.force, kind="folder") if config.out else None
     model = open_model(config, screen)
     data = open_data(config, model, screen)
     assert data is not None  # needed above
     model.see(data[0])
-    steps = _plan(model, plan, method, layers)
+    steps = _plan(model, plan, method, pattern)
     with screen.progress("Cutting and proving"):
         result = engine.compress(model, steps, data)
     screen.document(result.to_dict())
@@ -52,7 +54,7 @@ def command(config: RunConfig, screen: Screen, *, plan: PlanFile = None, method:
     return 1 if result.missed() else 0
 
 
-def _plan(model: UniversalModel, file: Path | None, method: str | None, pattern: str | None) -> CompressionPlan:
+def _plan(model: UniversalModel, file: Path | None, method: str | None, pattern: re.Pattern[str]) -> CompressionPlan:
     """The plan in `file`, or the one step that the flags describe."""
     from layerwise.method import METHODS, step_of
     from layerwise.plan import CompressionPlan
@@ -61,5 +63,5 @@ def _plan(model: UniversalModel, file: Path | None, method: str | None, pattern:
         return CompressionPlan.load(file)
     assert method is not None  # one of the two is given
     chosen = METHODS[method]()
-    names = checks.matching(pattern or "", [layer.name for layer in model.layers])
+    names = checks.matching(pattern, [layer.name for layer in model.layers])
     return CompressionPlan((step_of(chosen, names),), model=model.fingerprint)

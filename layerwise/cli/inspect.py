@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from layerwise.cli import checks
+from layerwise.cli.analyze import KEYS
 from layerwise.cli.opened import checked, open_data, open_model
 from layerwise.cli.options import verb
 from layerwise.cli.screen import Screen
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
 Pattern = Annotated[str | None, typer.Option("--layers", metavar="REGEX", help="Only layers whose name matches.")]
 
 
-@verb("model", "weights", "task", "data", "split", "limit", "batch_size", "timeout", "force", needs=("model",))
+@verb(*KEYS, "timeout", "force", needs=("model",))
 def command(config: RunConfig, screen: Screen, *, layers: Pattern = None) -> None:
     """Reads the structure from one forward pass; data are needed only where the model does not say what it reads."""
     from layerwise.files import write_atomic
 
+    pattern = checks.compiled(layers) if layers is not None else None
     sources = checked(config)
     out = checks.output(config.out, sources, force=config.force) if config.out else None
     model = open_model(config, screen)
@@ -31,8 +33,8 @@ def command(config: RunConfig, screen: Screen, *, layers: Pattern = None) -> Non
     if data is not None:
         model.see(data[0])
     shown = model.layers
-    if layers is not None:
-        names = set(checks.matching(layers, [layer.name for layer in shown]))
+    if pattern is not None:
+        names = set(checks.matching(pattern, [layer.name for layer in shown]))
         shown = [layer for layer in shown if layer.name in names]
     found = described(model, shown)
     if out:

@@ -26,24 +26,24 @@ def checked(config: RunConfig) -> list[Path]:
 
 
 def open_model(config: RunConfig, screen: Screen) -> UniversalModel:
-    """The model that the settings name."""
-    from layerwise import engine
+    """The model that the settings name; what was assumed on loading it is said."""
+    from layerwise import run
 
-    assert config.model  # the command needs it
     with screen.progress("Loading the model"):
-        return engine.load(config.model, config.task, config.weights, device=config.device)
+        model = run.open_model(config)
+    for note in model.notes:
+        screen.note(note)
+    return model
 
 
 def open_data(config: RunConfig, model: UniversalModel, screen: Screen) -> Data | None:
     """The data that the settings name, None without ``--data``."""
-    from layerwise import engine
+    from layerwise import run
 
     if not config.data:
         return None
     with screen.progress("Loading the data"):
-        return engine.load_data(
-            config.data, model, config.split, config.limit, config.batch_size, columns=config.columns, seed=config.seed
-        )
+        return run.open_data(config, model, config.data, config.split, config.limit)
 
 
 def show_report(report: ImportanceReport, screen: Screen) -> None:

@@ -25,8 +25,11 @@ PACKAGE = Path(__file__).parents[1]
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal came. `resume` is the command that goes on from what is saved."""
+class Stopped(BaseException):
+    """A signal came. `resume` is the command that goes on from what is saved.
+
+    Not a `KeyboardInterrupt`: typer would take that for its own, and the exit code of SIGTERM would be lost.
+    """
 
     def __init__(self, number: int = signal.SIGINT) -> None:
         super().__init__(signal.Signals(number).name)
@@ -40,12 +43,12 @@ class Timeout(RunError):
     code = "LW-R24"
 
 
-def exit_code(stop: KeyboardInterrupt) -> int:
+def exit_code(stop: BaseException) -> int:
     """128 plus the number of the signal: 130 for Ctrl-C, 143 for SIGTERM."""
     return 128 + (stop.number if isinstance(stop, Stopped) else int(signal.SIGINT))
 
 
-def resume_line(stop: KeyboardInterrupt) -> str:
+def resume_line(stop: BaseException) -> str:
     """The command that goes on, where there is one."""
     return stop.resume if isinstance(stop, Stopped) else ""
 
