@@ -390,3 +390,9 @@ def test_saving_leaves_the_weights_alone(tmp_path: Path) -> None:
     save_weights(tmp_path / "m.safetensors", module)
     assert equal(dict(module.state_dict()), before)
     assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_a_saved_file_is_as_readable_as_any_other_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    save_weights(tmp_path / "w.safetensors", {"a": torch.zeros(2)})
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from layerwise.errors import ModelFormatError, UsageError, missing_dependency
 from layerwise.heads import PooledEncoder
 from layerwise.hugging import is_bare, reads_text_only
+from layerwise.quiet import silence_import_noise
 from layerwise.source import SOURCES, ModelSource, Opened, Source
 from layerwise.sources._parts import FRESH, seeded, with_options
 from layerwise.weights import read_weights
@@ -59,6 +60,7 @@ class HuggingFaceSource(ModelSource):
 
 
 def _transformers(name: str) -> None:
+    silence_import_noise()
     try:
         import transformers  # noqa: F401  # only asks whether it is there
     except ImportError as error:

@@ -30,7 +30,10 @@ def save_weights(path: str | os.PathLike[str], weights: torch.nn.Module | Mappin
     stored, aliases = _untied(tensors)
     size = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
     with staged_file(path, size=size) as temporary, _os_errors():
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the library's own file would be readable by its owner alone
         save_file(stored, temporary, metadata={"format": "pt"} | aliases)
+        temporary.chmod(mode)
 
 
 def _check(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
