@@ -48,8 +48,8 @@ class Reload:
 
 def reload_in_fresh_process(folder: Path, model: UniversalModel, batch: Batch) -> Reload:
     """Starts this module on `folder`, which lies in a folder of its own. Raises `ProofFailed` with the child's words."""
-    wanted = model.predict(batch).cpu()
     described, tensors = pack(batch)
+    wanted = model.predict(unpack(described, tensors)).cpu()
     save_weights(folder.parent / "batch.safetensors", tensors | {EXPECTED: wanted.contiguous()})
     about = {"batch": described, "device": str(model.device), "threads": torch.get_num_threads()}
     (folder.parent / "batch.json").write_text(json.dumps(about), encoding="utf-8")
@@ -72,7 +72,9 @@ def check(folder: Path) -> Reload:
     """What the fresh process does."""
     about = json.loads((folder.parent / "batch.json").read_text(encoding="utf-8"))
     torch.set_num_threads(about["threads"])
-    tensors = load_file(folder.parent / "batch.safetensors")  # not read_weights: a logit may well be -inf
+    # Not read_weights: a logit may well be -inf. Cloned, since matrix products round by how their operands lie in memory, and
+    # what comes from a mapped file lies anywhere.
+    tensors = {name: t.clone() for name, t in load_file(folder.parent / "batch.safetensors").items()}
     model = load_saved(folder)
     model.module.to(about["device"])
     output = model.predict(unpack(about["batch"], tensors)).cpu()
