@@ -71,6 +71,7 @@ class CompressionPlan:
     before: Mapping[str, float] = field(default_factory=dict)
     predicted: Mapping[str, float] = field(default_factory=dict)
     candidates: tuple[Candidate, ...] = ()
+    notes: tuple[str, ...] = ()  # what the planner left out, and why
 
     @property
     def digest(self) -> str:
@@ -91,6 +92,7 @@ class CompressionPlan:
             "before": dict(self.before),
             "predicted": dict(self.predicted),
             "candidates": [c.to_dict() for c in self.candidates],
+            "notes": list(self.notes),
         }
 
     @classmethod
@@ -111,6 +113,7 @@ class CompressionPlan:
                 before=dict(data["before"]),
                 predicted=dict(data["predicted"]),
                 candidates=tuple(Candidate.from_dict(c) for c in data["candidates"]),
+                notes=tuple(data["notes"]),
             )
         except (KeyError, TypeError) as error:
             raise ConfigError(f"The plan is incomplete: {error!r}.") from error

@@ -20,7 +20,7 @@ from layerwise.data import Data
 from layerwise.errors import MissingDependency, TargetMissed, UsageError, nearest
 from layerwise.evaluation import Evaluation
 from layerwise.importance import ImportanceReport
-from layerwise.measure import costs, evaluate, latency
+from layerwise.measure import costs, evaluate, latency, time_paired
 from layerwise.method import METHODS, CompressionMethod, apply_plan, step_of
 from layerwise.model import UniversalModel
 from layerwise.plan import Candidate, CompressionPlan, Step
@@ -31,6 +31,7 @@ from layerwise.tensors import byte_size
 Progress = Callable[[int, int], None]
 MOST_SETS = 64
 MOST_MEASURED = 12
+TOO_SLOW = 4.0  # times the original's latency, from which on an automatic menu leaves a variant out
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,22 @@ class Planner:
         except MissingDependency as error:
             self.notes.append(str(error))
             return None
-        if methods and not steps:
+        if methods and (not steps or self._too_slow(changed, methods)):
             return None
         sizes = {layer.name: byte_size(changed.module.get_submodule(layer.name)) for layer in self.model.layers}
         quality = self._quality(evaluate(changed, self.data, reference=self.model).means()) if methods else self._quality(before)
         return Variant(methods, sizes, byte_size(changed.module) - sum(sizes.values()), quality)
+
+    def _too_slow(self, changed: UniversalModel, methods: tuple[CompressionMethod, ...]) -> bool:
+        """Whether this device runs the variant so slowly that nobody would want it unasked (16-bit floats on many CPUs)."""
+        if self.methods != "auto":
+            return False
+        before, after = time_paired([self.model, changed], self.data[0], repeats=3)
+        factor = after.median / before.median
+        if factor > TOO_SLOW:
+            named = " + ".join(" ".join([m.name, *map(str, step_of(m, ()).settings.values())]) for m in methods)
+            self.notes.append(f"{named} was left out: {factor:.0f} times as slow on this device. Name the method to have it.")
+        return factor > TOO_SLOW
 
     def _steps(self, skipped: LayerSet, cut: CompressionMethod | None, methods: Iterable[CompressionMethod]) -> tuple[Step, ...]:
         left = [layer for layer in self.model.layers if layer.name not in skipped]
@@ -214,7 +226,14 @@ class Planner:
         as_good = [m for m in feasible if self._quality(m.figures) >= self._quality(best.figures) - slack]
         chosen = min(as_good, key=lambda m: (m.figures["macs"], m.figures["size"]))
         return CompressionPlan(
-            chosen.steps, self.model.fingerprint, tuple(self.targets), self.seed, dict(before), chosen.figures, candidates
+            steps=chosen.steps,
+            model=self.model.fingerprint,
+            targets=tuple(self.targets),
+            seed=self.seed,
+            before=dict(before),
+            predicted=chosen.figures,
+            candidates=candidates,
+            notes=tuple(self.notes),
         )
 
     def _refused(self, measured: Sequence[_Measured], before: Mapping[str, float]) -> TargetMissed:

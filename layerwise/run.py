@@ -238,6 +238,8 @@ def _plan(walk: Walk, progress: Progress) -> None:
     walk.plan = engine.plan(
         walk.model, walk.report, c.all_targets, walk.data, methods_of(c.compress_methods), seed=c.seed, progress=progress
     )
+    for remark in walk.plan.notes:
+        walk.listener.note(remark)
     walk.write("plan.yaml", walk.plan.to_yaml())
 
 
