@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -74,6 +75,11 @@ class _Operators(TorchDispatchMode):
         super().__init__()
         self.stack = stack
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Otherwise torch wraps the method below so that its first call imports torch._dynamo: seconds, for nothing.
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         macs = multiply_accumulates(func, args, kwargs or {}, result)
@@ -135,7 +141,7 @@ def _identity(tensor: Tensor) -> int:
 def traced(module: nn.Module, batch: Batch) -> Call:
     """The call tree of one forward in eval mode without gradients. Raises `UserModelError` (LW-U73) when the forward raises."""
     tracer = _Tracer(module)
-    with evaluating(module), torch.no_grad(), unfused(), _hooked(module, tracer), _Operators(tracer.stack):
+    with evaluating(module), torch.no_grad(), unfused(), _uncompiled(), _hooked(module, tracer), _Operators(tracer.stack):
         run(module, batch)
     if tracer.root is None:
         raise UserModelError("The model's forward was never called.", code="LW-U76")
@@ -164,6 +170,16 @@ def unfused() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """A compiled module runs as it was written: its compiler would try to compile the hooks as well."""
+    if "torch._dynamo" not in sys.modules:  # nothing can be compiled yet, and asking would import it
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager
