@@ -57,12 +57,14 @@ def encoder_of(module: nn.Module) -> nn.Module:
 def fit_head(model: UniversalModel, data: Data, *, seed: int = 0, strength: float = 0.01) -> UniversalModel:
     """`model`, which gives embeddings, with a linear head fitted on labelled `data`; the encoder is shared and unchanged.
 
-    Logistic regression on standardized features (the scale is folded into the weights), L2 with inverse `strength`.
+    Logistic regression, L2 with inverse `strength`, on features that are centred and divided by one common standard deviation;
+    both are folded into the weights. Scaled one by one, a feature that hardly varies would get a huge weight, and with it the
+    slightest change of the encoder a huge effect.
     Raises `DataError` without labels or for a class without rows, `UserModelError` if the outputs are no embeddings.
     """
     features, labels = embeddings(model, data)
     weight, bias = _logistic(features, labels, seed, strength)
-    device, dtype = model.device, next(model.module.parameters()).dtype
+    device, dtype = model.device, next((p.dtype for p in model.module.parameters()), torch.float32)
     with torch.random.fork_rng(devices=[]):  # nn.Linear draws weights that are overwritten at once
         module = EncoderWithHead(model.module, features.shape[1], len(weight)).to(device=device, dtype=dtype)
     with torch.no_grad():
@@ -107,8 +109,7 @@ def _logistic(features: np.ndarray, labels: np.ndarray, seed: int, strength: flo
     if len(counts) < 2 or not counts.all():
         empty = [i for i, n in enumerate(counts) if not n] or [1]
         raise DataError(f"The class {empty[0]} has no row to fit a head on.", remedy="Give rows of every class.", code="LW-D34")
-    mean, scale = features.mean(0), features.std(0)
-    scale[scale == 0] = 1.0
+    mean, scale = features.mean(0), float(np.sqrt(features.var(0).mean())) or 1.0
     fitted = LogisticRegression(C=strength, max_iter=2000, random_state=seed).fit((features - mean) / scale, labels)
     weight, bias = fitted.coef_ / scale, fitted.intercept_
     if len(weight) == 1:  # two classes: scikit-learn keeps the difference of the two logits

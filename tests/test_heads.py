@@ -46,16 +46,24 @@ def test_separable_classes_are_learnt(classes: int) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 4])
-def test_the_weights_are_scikit_learns_on_standardized_features(classes: int) -> None:
+def test_the_weights_are_scikit_learns_on_scaled_features(classes: int) -> None:
     from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
 
     data, model = blobs(classes), encoder()
     features, labels = embeddings(model, data)
-    reference = make_pipeline(StandardScaler(), LogisticRegression(C=0.5, max_iter=2000)).fit(features, labels)
+    scaled = (features - features.mean(0)) / np.sqrt(features.var(0).mean())
+    reference = LogisticRegression(C=0.5, max_iter=2000).fit(scaled, labels)
     ours = fit_head(model, data, strength=0.5).predict(data[0]).softmax(-1).numpy()
-    np.testing.assert_allclose(ours, reference.predict_proba(features), atol=1e-4)
+    np.testing.assert_allclose(ours, reference.predict_proba(scaled), atol=1e-4)
+
+
+def test_a_feature_that_hardly_varies_gets_no_huge_weight() -> None:
+    """MiniLM has two that are constant up to 1e-33: scaled by that, skipping a layer gave logits of 1e30."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 5, generator=g)
+    x[:, 0] = 1.0 + 1e-7 * x[:, 0]
+    headed = fit_head(load(nn.Identity()), Data.of([(x, (x[:, 1] > 0).long())]))
+    assert float(headed.module.head.weight.detach().abs().max()) < 1.0  # type: ignore[union-attr]
 
 
 def test_a_headed_model_is_built_again_from_its_source() -> None:

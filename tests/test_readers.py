@@ -131,6 +131,31 @@ def test_shards_are_read_in_order_and_splits_by_file_name(tmp_path: Path) -> Non
         read(tmp_path, Request(split="val"))
 
 
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        (["part-0.csv", "part-1.csv"], None),
+        (["shard00001.csv", "shard00002.csv"], None),
+        (["0.csv", "1.csv"], None),
+        (["esol.csv", "tox21.csv"], "esol, tox21"),
+    ],
+)
+def test_which_files_belong_together(tmp_path: Path, names: list[str], groups: str | None) -> None:
+    for name in names:
+        (tmp_path / name).write_text("a\n1\n")
+    if groups is None:
+        assert len(read(tmp_path, Request()).rows) == 2
+        return
+    with pytest.raises(UsageError, match=f"several data sets. Choose one by split=: {groups}"):
+        read(tmp_path, Request())
+
+
+def test_a_folder_of_other_files_says_what_is_read(tmp_path: Path) -> None:
+    (tmp_path / "t10k.npz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"LW-D29 .*holds 1 files and none that is read as data, such as 't10k\.npz'.*\.parquet"):
+        read(tmp_path, Request())
+
+
 def test_numeric_columns_are_features_and_the_rest_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("a,name,b,y\n1,x,2.5,0\n3,y,4.5,1\n")
     data = load_data(tmp_path / "a.csv")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from layerwise.errors import DataShardError, UsageError, nearest
+from layerwise.errors import DataError, DataShardError, UsageError, nearest
 from layerwise.files import sha256_file
 from layerwise.readers.compressed import gunzipped
 from layerwise.readers.table import Request, Table, columns_of, combined, empty, reading
@@ -16,7 +16,7 @@ from layerwise.rows import Record
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev")
-SHARD = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?$")
+SHARD = re.compile(r"(^\d+|[-_.]\d+([-_]of[-_]\d+)?|\d{3,})$")  # 0, train-00000-of-00002, part_3, shard00017
 
 UNTYPED = (".csv", ".tsv")
 
@@ -56,6 +56,10 @@ def read_tree(tree: Tree, request: Request, parsers: Mapping[str, Parse]) -> Tab
     images = [name for name in tree.files if kind_of(name) in IMAGES]
     if images and (not tables or len(images) > len(tables)):
         return _image_table(tree, images, request)
+    if not tables and tree.files:
+        what = f"holds {len(tree.files)} files and none that is read as data, such as {next(iter(tree.files))!r}."
+        remedy = f"Rows are read from {', '.join(parsers)} and images ({', '.join(IMAGES)})."
+        raise DataError(what, place=tree.place, remedy=remedy, code="LW-D29")
     if not tables:
         raise empty(tree.place)
     return _shards(tree, tables, request, parsers)
