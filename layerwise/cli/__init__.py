@@ -107,7 +107,7 @@ def _check_text(arguments: Sequence[str]) -> None:
     for position, argument in enumerate(arguments, start=1):
         if any("\ud800" <= c <= "\udfff" for c in argument):
             raise UsageError(
-                f"{printable(argument)!r} is not UTF-8.",
+                f"'{printable(argument)}' is not UTF-8.",
                 place=f"argument {position}",
                 remedy="Rename the file, or set a UTF-8 locale.",
                 code="LW-C14",
