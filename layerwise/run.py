@@ -281,9 +281,16 @@ def _report(walk: Walk, progress: Progress) -> None:
         result=walk.shipped,
         leaderboard=engine.leaderboard(walk.report.domain or None, database=c.database),
         reproduce=["layerwise run --config config.yaml --out again"],
-        artifacts=walk.artifacts,
+        artifacts=[_row(a) for a in walk.artifacts],
         lang=c.lang,
     )
+
+
+def _row(artifact: dict[str, Any]) -> dict[str, Any]:
+    """What the report's table shows of an artifact; all of it is in artifacts.json."""
+    shown = {key: artifact[key] for key in ("name", "format", "path", "size", "runtime", "sha256")}
+    parity = artifact["parity"]
+    return shown | {"parity": f"{parity['relative']:.2g} of the largest output (bound {parity['bound']:g})"}
 
 
 STAGES = (
