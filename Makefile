@@ -45,7 +45,7 @@ format: $(VENV)/.dev  ## rewrite the files to the house format
 	$(BIN)/ruff check --fix .
 
 soak: $(VENV)/.dev  ## long kill, disk and load runs; results under benchmarks/results/
-	$(BIN)/python -m pytest -m soak $(ARGS)
+	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 clean:  ## remove what make made
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
