@@ -39,4 +39,4 @@ def entries(registry: Registry[Any]) -> list[dict[str, str]]:
 def _about(cls: type) -> str:
     module = inspect.getmodule(cls)
     text = (module and module.__doc__) or cls.__doc__ or ""
-    return text.strip().partition("\n")[0].replace("`", "")
+    return text.strip().partition("\n")[0].translate(str.maketrans("", "", "`*"))

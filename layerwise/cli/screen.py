@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 from layerwise.errors import printable
 
+SHORT = 24  # characters; cells of a column that has none longer are not broken
 PIPE_WIDTH = 120  # columns, where no terminal says how many
 Progress = Callable[[int, int], None]
 
@@ -53,9 +54,10 @@ class Screen:
         from rich.table import Table
 
         table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, expand=False)
-        for column in columns:
-            number = column in right.split()
-            table.add_column(column, justify="right" if number else "left", no_wrap=number, overflow="fold")
+        for i, column in enumerate(columns):
+            longest = max((len(row[i]) for row in rows), default=0)
+            justify: Any = "right" if column in right.split() else "left"
+            table.add_column(column, justify=justify, no_wrap=longest <= SHORT, overflow="fold")
         for row in rows:
             table.add_row(*(printable(cell) for cell in row))
         self._console(sys.stdout).print(table)
