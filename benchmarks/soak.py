@@ -12,6 +12,7 @@ import tempfile
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+from layerwise.config import RunConfig
 from layerwise.environment import environment
 from layerwise.files import write_atomic
 
@@ -36,7 +37,7 @@ def main() -> int:
         command = [sys.executable, "-m", "pytest", "-m", "soak", "--timeout=3000", f"--junitxml={junit}", *sys.argv[1:]]
         code = subprocess.run(command, cwd=ROOT, check=False).returncode
         if junit.exists():
-            result = {"environment": environment("cpu", 0), "tests": outcomes(junit)}
+            result = {"environment": environment(RunConfig()), "tests": outcomes(junit)}
             write_atomic(RESULTS, json.dumps(result, indent=1) + "\n")
     return code
 
