@@ -124,6 +124,25 @@ def test_one_changed_weight_is_refused_and_its_layer_named(broken: str, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def one_integer_off(model: onnx.ModelProto) -> None:
+    (first, *_) = [i for i in model.graph.initializer if i.data_type == onnx.TensorProto.INT8]
+    values = numpy_helper.to_array(first).copy()
+    values[2, 3] += 1 if values[2, 3] < 100 else -1
+    first.CopyFrom(numpy_helper.from_array(values, first.name))
+
+
+def test_one_integer_off_is_refused_although_rounding_hides_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["residual"]
+    model = compressed(case.model(), METHODS["int8_dynamic"]())
+    fired = fault(one_integer_off, monkeypatch)
+    with pytest.raises(ExportMismatch) as caught:
+        export(model, tmp_path / "model.onnx", case.data(4, 3))
+    assert fired
+    assert caught.value.place.startswith("blocks.")
+    assert "bound 0.0001" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_one_changed_operator_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def change(model: onnx.ModelProto) -> None:
         [n for n in model.graph.node if n.op_type == "Relu"][2].op_type = "Abs"
