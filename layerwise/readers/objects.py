@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from layerwise.data import Batch, Data
 from layerwise.errors import DataError
+from layerwise.progress import tracked
 from layerwise.readers.table import Request, Table, columns_of, combined, drawn, empty
 from layerwise.rows import Record
 
@@ -44,11 +45,15 @@ def _ready(value: Any, name: str, request: Request) -> Data:
 
 
 def _samples(dataset: Any, request: Request) -> list[tuple[int, Any]]:
-    """(index, sample) of a torch data set. One without random access gives its first ones."""
+    """(index, sample) of a torch data set. One without random access gives its first ones.
+
+    All are read once and kept: a data set that augments at random would give other rows each time.
+    """
     if isinstance(dataset, IterableDataset):
-        samples = list(enumerate(islice(dataset, request.limit)))
+        samples = list(enumerate(tracked(islice(dataset, request.limit), "reading", total=request.limit)))
     else:
-        samples = [(int(i), dataset[int(i)]) for i in drawn(range(len(dataset)), request.limit, request.seed)]
+        indices = drawn(range(len(dataset)), request.limit, request.seed)
+        samples = [(int(i), dataset[int(i)]) for i in tracked(indices, "reading", total=len(indices))]
     if not samples:
         raise empty(type(dataset).__name__)
     return samples
