@@ -29,22 +29,23 @@ def command(config: RunConfig, screen: Screen) -> int:
     """Trains once (about half a minute) and keeps the weights in your cache folder; writes runs/demo, or --out."""
     from layerwise import engine
     from layerwise import run as walk
+    from layerwise.cli.digits import one_thread
 
     checks.device(config.device)
-    weights = trained_weights(screen)
     final = final_of(Path(config.out or OUT))
-    settings = demo_settings(config, weights, final)
-    screen.say(f"Asked for: {' and '.join(TARGETS)}, measured on held-out digits.")
-    try:
-        outcome = walk.run(settings, resume=(partial_of(final) / CONFIG).is_file(), listener=screen)
-    except Stopped as stop:
-        stop.resume = resume_command(final)
-        raise
-    board = engine.leaderboard("vision", database=config.database)
+    with one_thread():
+        weights = trained_weights(screen)
+        screen.say(f"Asked for: {' and '.join(TARGETS)}, measured on held-out digits.")
+        settings = demo_settings(config, weights, final)
+        try:
+            outcome = walk.run(settings, resume=(partial_of(final) / CONFIG).is_file(), listener=screen)
+        except Stopped as stop:
+            stop.resume = resume_command(final)
+            raise
     screen.document({"folder": str(outcome.folder), "result": outcome.result.to_dict(), "missed": list(outcome.missed)})
     _tell(outcome, screen)
     screen.say("\nThe leaderboard (vision):")
-    show_leaderboard(board, screen)
+    show_leaderboard(engine.leaderboard("vision", database=config.database), screen)
     screen.say(f"The report:  {outcome.folder / 'report.html'}")
     return 1 if outcome.missed else 0
 
@@ -123,5 +124,5 @@ def _tell(outcome: Outcome, screen: Screen) -> None:
     screen.say(f"  how       {'; '.join(steps) or 'nothing was cut'}")
     screen.say(f"  proofs    {passed} of {len(result.proofs)} checks passed, the rest do not apply")
     for artifact in outcome.artifacts:
-        screen.say(f"  exported  {outcome.folder / artifact['path']}, run and compared in its own runtime")
+        screen.say(f"  exported  {artifact['path']}, run and compared in {artifact['runtime']}")
     screen.say("  Both targets are met." if not outcome.missed else f"  Missed: {'; '.join(outcome.missed)}")

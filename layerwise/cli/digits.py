@@ -67,13 +67,9 @@ def keep_weights(module: nn.Module, recipe: Recipe) -> Path:
 def train_(model: UniversalModel, images: Tensor, labels: Tensor, recipe: Recipe, progress: Callable[[int, int], None]) -> None:
     """Trains ``model.module`` in place on `images` (samples, 1, 8, 8) and `labels` (samples,): AdamW, one learning rate cycle.
 
-    On one thread, so that every machine with the same software gets the same weights; batches this small gain nothing from more.
+    Call it inside `one_thread`, so that every machine with the same software gets the same weights.
     """
-    with _one_thread():
-        _train_(model.module, images, labels, recipe, progress)
-
-
-def _train_(module: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, progress: Callable[[int, int], None]) -> None:
+    module = model.module
     generator = torch.Generator().manual_seed(recipe.seed)
     torch.manual_seed(recipe.seed)
     _fresh_(module)
@@ -93,7 +89,8 @@ def _train_(module: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, p
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Sums in the same order whatever the number of cores; and work this small costs less than threads that wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from layerwise.errors import UsageError
 if TYPE_CHECKING:
     import pandas as pd
 
+RIGHT = "rank before after size ratio id"
 Domain = Annotated[str | None, typer.Option("--domain", help="text, vision, audio, …", show_default=False)]
 Metric = Annotated[str | None, typer.Option("--metric", help="Rank by this figure.", show_default=False)]
 
@@ -37,29 +39,29 @@ def command(config: RunConfig, screen: Screen, *, domain: Domain = None, metric:
 
 
 def show_leaderboard(frame: pd.DataFrame, screen: Screen) -> None:
-    """The table for people, with a line on what is compared with what."""
+    """One table for each group of results that can be compared."""
     from layerwise.report import formats
 
     if frame.empty:
         screen.say("Nothing is recorded yet. `layerwise run` and `layerwise demo` record their results.")
         return
-    rows = [
-        [
-            formats.DASH if row["rank"] is None else str(row["rank"]),
-            row["model"],
-            f"{row['task']} · {row['data']} · {row['device']}",
-            row["quality"],
-            formats.figure(row["quality"], number(row["before"])),
-            formats.figure(row["quality"], number(row["after"])),
-            formats.size(number(row["size"])),
-            formats.times(number(row["ratio"])),
-            "yes" if row["proven"] else "no",
-            str(row["id"]),
+    for about, group in groupby(rows_of(frame), key=lambda row: (row["task"], row["data"], row["device"], row["quality"])):
+        task, data, device, quality = about
+        rows = [
+            [
+                formats.DASH if row["rank"] is None else str(row["rank"]),
+                row["model"],
+                formats.figure(quality, number(row["before"])),
+                formats.figure(quality, number(row["after"])),
+                formats.size(number(row["size"])),
+                formats.times(number(row["ratio"])),
+                "yes" if row["proven"] else "no",
+                str(row["id"]),
+            ]
+            for row in group
         ]
-        for row in rows_of(frame)
-    ]
-    columns = ["rank", "model", "task · data · device", "metric", "before", "after", "size", "ratio", "proven", "id"]
-    screen.table(columns, rows, right="rank before after size ratio id")
+        screen.say(f"{task} on {data}, {device}, by {quality}:")
+        screen.table(["rank", "model", "before", "after", "size", "ratio", "proven", "id"], rows, right=RIGHT)
 
 
 def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -53,7 +53,7 @@ class Screen:
         from rich import box
         from rich.table import Table
 
-        table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, expand=False)
+        table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         for i, column in enumerate(columns):
             longest = max((len(row[i]) for row in rows), default=0)
             justify: Any = "right" if column in right.split() else "left"
