@@ -190,7 +190,7 @@ def _report(
         data=data.name if data else "",
         layers=layers,
         scores=scores,
-        notes=tuple(seen.notes) + (data.notes if data else ()),
+        notes=(*model.notes, *seen.notes, *(data.notes if data else ())),
         fingerprint=model.fingerprint,
         domain=model.domain,
         seed=seed,

@@ -101,8 +101,10 @@ def find_chains(call: Call, *, inside_repeated: bool = False) -> Iterator[Chain]
     links = _linked(blocks)
     repeated = {id(c) for a, b in links if type(a.module) is type(b.module) for c in (a, b)}
     piped = _piped(call.children, blocks) if not inside_repeated else set()
-    members = repeated | piped
     deeper = {id(c): list(find_chains(c, inside_repeated=_is_block(c, repeated))) for c in inner}
+    if any(deeper[member] for member in piped):  # a pipe of an embedding and a stack: the stack has the blocks
+        piped = {member for member in piped if deeper[member]}
+    members = repeated | piped
     if not members:
         for block in inner:
             yield from deeper[id(block)]

@@ -154,7 +154,7 @@ class Fidelity(Task):
     def _distance(self, output: Tensor, reference: Tensor) -> tuple[Tensor, Tensor | None]:
         """(samples, positions) divergences and, for logits, whether both prefer the same class."""
         if self.kind == "cosine":
-            return _rows(1.0 - F.cosine_similarity(output.double(), reference.double(), dim=-1)), None
+            return _rows(cosine_distance(output, reference)), None
         p, q = reference.double().log_softmax(-1), output.double().log_softmax(-1)
         # log q may be -inf where a model forbids a class outright; there p is 0 too, and 0·inf would be NaN
         terms = torch.where(p.exp() > 0, p.exp() * (p - q), 0.0)
@@ -203,6 +203,11 @@ def output_mask(batch: Batch, output: Tensor) -> Tensor:
     if output.dim() == 3:
         return token_mask(batch, output[..., 0]).double()
     return torch.ones(_rows(output[..., 0]).shape, dtype=torch.float64, device=output.device)
+
+
+def cosine_distance(x: Tensor, y: Tensor) -> Tensor:
+    """1 − cos over the last dimension, float64: exactly 0 for equal vectors and never negative, whatever the rounding."""
+    return (F.normalize(x.double(), dim=-1) - F.normalize(y.double(), dim=-1)).square().sum(-1) / 2
 
 
 def _rows(values: Tensor) -> Tensor:

@@ -130,3 +130,14 @@ def test_reading_leaves_no_trace(case: Case) -> None:
     before = state_of(model)
     assert model.layers
     assert same_state(before, state_of(model)) == []
+
+
+def test_an_embedding_in_front_of_the_stack_is_no_layer() -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4
+    )
+    layers = read_layers(ViTForImageClassification(config), Batch((torch.randn(2, 3, 16, 16),)))
+    assert [x.name.rpartition(".")[2] for x in layers] == ["0", "1"]
+    assert all(x.skippable for x in layers)

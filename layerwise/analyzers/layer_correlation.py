@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from layerwise.analyzer import ANALYZERS, ImportanceAnalyzer, Signal, Statistic, unskippable
@@ -18,7 +17,7 @@ from layerwise.moments import Moments
 from layerwise.scores import LayerScore, Status
 from layerwise.statistics import MomentsStatistic
 from layerwise.sweep import Seen
-from layerwise.task import token_mask
+from layerwise.task import cosine_distance, token_mask
 
 MEASURES = ("block_influence", "cka")
 
@@ -37,7 +36,7 @@ class BlockInfluence(MomentsStatistic):
             if entering is None or leaving is None or not layer.skippable or leaving.shape[0] != seen.batch.size:
                 continue
             x, y = positions(entering), positions(leaving)
-            distance = 1.0 - F.cosine_similarity(x, y, dim=-1)
+            distance = cosine_distance(x, y)
             keep = token_mask(seen.batch, distance).double()
             self.moments.add_(layer.index, (distance * keep).sum(1), keep.sum(1))
 
