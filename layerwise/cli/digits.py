@@ -90,7 +90,7 @@ def train_(model: UniversalModel, images: Tensor, labels: Tensor, recipe: Recipe
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Sums in the same order whatever the number of cores; and work this small costs less than threads that wait for each other."""
+    """The same sums whatever the number of cores; and work this small costs less than threads that wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
