@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from layerwise import trees
 from layerwise.errors import UsageError
@@ -56,7 +57,7 @@ class DropLayers(CompressionMethod):
 
     def check(self, before: UniversalModel, after: UniversalModel, layers: Sequence[str]) -> Check:
         """What is left is as it was; outputs alone would not show a wrong weight in a branch that gives nothing."""
-        gone = tuple(f"{name}." for name in layers)
+        gone = tuple(f"{name}." for layer in layers for name in _names(before.module, before.layer(layer).module))
         kept = {name: tensor for name, tensor in state(before.module).items() if not name.startswith(gone)}
         return exactly(kept, state(after.module), "those of the uncut model")
 
@@ -64,25 +65,41 @@ class DropLayers(CompressionMethod):
 class PassThrough(nn.Module):
     """Stands where a layer stood: hands the main tensor on, in the form of output that the layer had."""
 
-    def __init__(self, stream: Stream, form: Any, settings: Mapping[str, Any]) -> None:
+    def __init__(self, stream: Stream, form: Any, settings: Mapping[str, Any], cached_as: int | None) -> None:
         super().__init__()
         # private, since the layer's own public settings come to stand beside them
         self._stream = stream
         self._form = form  # the layer's output with every tensor taken out
+        self._cached_as = cached_as
         for name, value in settings.items():  # the model may ask its blocks what kind they are
             setattr(self, name, value)
 
     @classmethod
     def for_(cls, layer: nn.Module, stream: Stream, form: Any) -> PassThrough:
         own = vars(layer).items()
-        stand_in = cls(stream, form, {k: v for k, v in own if not k.startswith("_") and isinstance(v, PLAIN)})
+        indices = {vars(m)["layer_idx"] for m in layer.modules() if isinstance(vars(m).get("layer_idx"), int)}
+        cached_as = indices.pop() if len(indices) == 1 else None
+        stand_in = cls(stream, form, {k: v for k, v in own if not k.startswith("_") and isinstance(v, PLAIN)}, cached_as)
         return stand_in.train(layer.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._cached_as is not None:
+            _count_tokens(self._cached_as, trees.get((args, kwargs), self._stream.enters), (*args, *kwargs.values()))
         output = self._form
         for leaves, enters in ((self._stream.leaves, self._stream.enters), *self._stream.passed):
             output = trees.replaced(output, leaves, trees.get((args, kwargs), enters))
         return output
+
+
+def _count_tokens(index: int, stream: Tensor, given: Sequence[Any]) -> None:
+    """Transformers ask the key-value cache of the first layer how many tokens came before: one zero per token keeps the count."""
+    caches = sys.modules.get("transformers.cache_utils")  # whoever passes a cache has imported it
+    for cache in given if caches else ():
+        if isinstance(cache, caches.EncoderDecoderCache):  # type: ignore[union-attr]
+            cache = cache.self_attention_cache
+        if isinstance(cache, caches.Cache):  # type: ignore[union-attr]
+            mark = stream.new_zeros(len(stream), 1, stream.shape[1], 1)
+            cache.update(mark, mark, index)
 
 
 def _forms(model: UniversalModel, layers: Sequence[str]) -> dict[str, Any]:
@@ -119,6 +136,10 @@ def _only_plain(form: Any, name: str) -> None:
 
 
 def _exchange_(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Under every name that `old` goes by: a shared layer stands in several places."""
-    for name in [n for n, m in root.named_modules(remove_duplicate=False) if m is old]:
+    for name in _names(root, old):
         root.set_submodule(name, new)
+
+
+def _names(root: nn.Module, wanted: nn.Module) -> list[str]:
+    """Every dotted path of `wanted`: a shared layer stands in several places."""
+    return [name for name, m in root.named_modules(remove_duplicate=False) if m is wanted]

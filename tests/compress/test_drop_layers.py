@@ -99,6 +99,7 @@ def test_a_block_that_stands_in_several_places_goes_from_all() -> None:
     assert isinstance(result.module[1], PassThrough)
     assert isinstance(result.module[3], PassThrough)
     assert torch.equal(result.predict(batch), module[4](module[2](module[0](batch.args[0]))))
+    assert DropLayers().check(model, result, ["1"]).passed
 
 
 def test_a_layer_of_another_width_is_refused() -> None:
@@ -107,3 +108,20 @@ def test_a_layer_of_another_width_is_refused() -> None:
         dropped(model, "layer2.0")
     with pytest.raises(UsageError, match=r"Did you mean 'layer2\.0'"):
         dropped(model, "layer2.00")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("gone", [0, 1, 2])
+def test_a_key_value_cache_counts_on(family: str, gone: int) -> None:
+    """Token by token with a cache gives what all tokens at once give, also without the first block, which counts them."""
+    model = CASES[family].model()
+    module = dropped(model, model.layers[gone].name).module
+    ids = CASES[family].batch(2).kwargs["input_ids"]
+    with torch.no_grad():
+        whole = module(input_ids=ids, use_cache=False).logits
+        step = module(input_ids=ids[:, :4], use_cache=True)
+        found = [step.logits[:, -1]]
+        for i in range(4, ids.shape[1]):
+            step = module(input_ids=ids[:, i : i + 1], past_key_values=step.past_key_values, use_cache=True)
+            found.append(step.logits[:, -1])
+    torch.testing.assert_close(torch.stack(found, 1), whole[:, 3:], rtol=0, atol=1e-5)
