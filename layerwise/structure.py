@@ -102,7 +102,7 @@ def find_chains(call: Call, *, inside_repeated: bool = False) -> Iterator[Chain]
     repeated = {id(c) for a, b in links if type(a.module) is type(b.module) for c in (a, b)}
     piped = _piped(call.children, blocks) if not inside_repeated else set()
     deeper = {id(c): list(find_chains(c, inside_repeated=_is_block(c, repeated))) for c in inner}
-    if any(deeper[member] for member in piped):  # a pipe of an embedding and a stack: the stack has the blocks
+    if repeated or any(deeper[member] for member in piped):  # an embedding piped into a stack: the stack has the blocks
         piped = {member for member in piped if deeper[member]}
     members = repeated | piped
     if not members:
