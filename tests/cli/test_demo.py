@@ -78,6 +78,7 @@ def test_one_thread_is_given_back() -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(600)
 def test_the_whole_demo_in_three_minutes(tmp_path: Path) -> None:
     begun = time.monotonic()
     run = subprocess.run(
