@@ -46,9 +46,7 @@ class RunConfig(BaseModel):
         None, description="what to load: timm:NAME, hf:ID_OR_DIR, FILE.py:FACTORY (runs code) or a saved folder"
     )
     weights: str | None = Field(default=None, description="a safetensors file with the model's weights")
-    head: str | None = Field(
-        default=None, description="labelled data to fit a linear classifier on (for embeddings)"
-    )
+    head: str | None = Field(default=None, description="labelled data to fit a linear classifier on (for embeddings)")
     task: str | None = Field(default=None, description="what the model does; by default it follows from the data")
     data: str | None = Field(default=None, description="what to measure on: a file, a folder, hf:DATASET or sklearn:digits")
     split: str | None = Field(default=None, description="which part of the data, such as train or test")
@@ -64,9 +62,7 @@ class RunConfig(BaseModel):
     x_columns: Names = Field(default=(), description="the columns that hold numbers, with commas")
     label_column: str | None = Field(default=None, description="the column that holds the label")
     target_column: str | None = Field(default=None, description="the column that holds the text to produce")
-    max_bad_shards: int = Field(
-        default=0, ge=0, le=LARGEST, description="go on without this many damaged files of a data set"
-    )
+    max_bad_shards: int = Field(default=0, ge=0, le=LARGEST, description="go on without this many damaged files of a data set")
     methods: Names = Field(default=("auto",), description="ways to rank the layers, with commas (see: layerwise methods)")
     targets: Names = Field(default=(), description="the budget, with commas: size<=0.5x, accuracy>=0.98x, latency<=20ms")
     ratio: float | None = Field(default=None, gt=0, lt=1, description="short for the target size<=RATIOx, between 0 and 1")
@@ -76,9 +72,7 @@ class RunConfig(BaseModel):
     seed: int = Field(default=0, ge=0, le=LARGEST, description="the seed of everything random")
     out: str | None = Field(default=None, description="the file or folder to write")
     lang: Literal["en", "zh"] = Field(default="en", description="the language of the report: en or zh")
-    database: str | None = Field(
-        default=None, description="the leaderboard as a URL (default: $LAYERWISE_DB, then your own)"
-    )
+    database: str | None = Field(default=None, description="the leaderboard as a URL (default: $LAYERWISE_DB, then your own)")
     timeout: float | None = Field(default=None, gt=0, le=1e9, description="give up after this many seconds without progress")
     force: bool = Field(default=False, description="replace what is there already")
 
