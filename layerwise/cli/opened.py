@@ -83,20 +83,20 @@ def show_plan(plan: CompressionPlan, screen: Screen) -> None:
     ]
     if rows:
         screen.table(["step", "method", "count", "layers", "settings"], rows, right="step count")
-    show_figures(plan.before, plan.predicted, screen)
+    show_figures(plan.before, plan.predicted, screen, "Expected, from the data that the plan was made on")
 
 
 def show_result(result: CompressionResult, screen: Screen) -> None:
     """Before and after, the proofs, and the targets that were missed."""
     marks = {True: "passed", False: "FAILED", None: "does not apply"}
-    show_figures(result.before.figures(), result.after.figures(), screen)
+    show_figures(result.before.figures(), result.after.figures(), screen, f"Measured on {result.after.samples:,} samples")
     rows = [[proof.name, marks[proof.passed], proof.detail] for proof in result.proofs]
     screen.table(["proof", "result", "detail"], rows)
     for missed in result.missed():
         screen.say(f"Target missed: {missed}")
 
 
-def show_figures(before: Mapping[str, float], after: Mapping[str, float], screen: Screen) -> None:
+def show_figures(before: Mapping[str, float], after: Mapping[str, float], screen: Screen, title: str) -> None:
     """One row per figure: before, after, and their ratio, with units."""
     from layerwise.report import formats
 
@@ -110,7 +110,7 @@ def show_figures(before: Mapping[str, float], after: Mapping[str, float], screen
         for name in before
         if name in after
     ]
-    screen.table(["figure", "before", "after", "ratio"], rows, right="before after ratio")
+    screen.table(["figure", "before", "after", "ratio"], rows, title=title, right="before after ratio")
 
 
 def words(settings: Mapping[str, Any]) -> str:
