@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -92,13 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(app(arguments, prog_name="layerwise", standalone_mode=False) or 0)  # Ctrl-C before a command runs: 130
     except LayerwiseError as error:
         return _report(error, arguments)
-    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
-        sys.stdout = None  # else the interpreter complains when it flushes at the end
-        return 0
     except ClickError as error:
         return _report(_usage(error), arguments)
     except Exception as error:
         return _report(_unexpected(error), arguments)
+    except SystemExit as stop:
+        return _exited(stop, arguments)
     except BaseException as stop:
         return _interrupted(stop, arguments)
 
@@ -124,6 +124,14 @@ def _report(error: LayerwiseError, arguments: Sequence[str]) -> int:
     return error.exit_code
 
 
+def _exited(stop: SystemExit, arguments: Sequence[str]) -> int:
+    """rich and typer exit when the reader of our output has gone, as with ``| head``: no error. All else has no right to."""
+    if isinstance(stop.__context__, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter complains when it flushes at the end
+        return 0
+    return _report(_unexpected(stop), arguments)
+
+
 def _interrupted(stop: BaseException, arguments: Sequence[str]) -> int:
     from layerwise.cli.stopping import Stopped, exit_code, resume_line
 
@@ -139,7 +147,7 @@ def _interrupted(stop: BaseException, arguments: Sequence[str]) -> int:
     return code
 
 
-def _unexpected(error: Exception) -> RunError:
+def _unexpected(error: BaseException) -> RunError:
     said = str(error).splitlines()[0][:300] if str(error) else ""
     wrapped = RunError(
         f"Unexpected {type(error).__name__}: {said}",

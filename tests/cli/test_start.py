@@ -10,7 +10,7 @@ import time
 import pytest
 import typer
 
-from layerwise.cli import COMMANDS, Commands, app
+from layerwise.cli import COMMANDS, Commands, app, main
 from layerwise.config import FILE_ONLY, RunConfig, describe, flag
 from tests.conftest import ROOT
 
@@ -71,3 +71,16 @@ def test_every_exit_code_is_documented() -> None:
 def test_the_module_is_the_command() -> None:
     run = subprocess.run([sys.executable, "-m", "layerwise", "--version"], capture_output=True, text=True, check=True)
     assert re.fullmatch(r"layerwise \d+\.\d+\.\d+\n", run.stdout)
+
+
+@pytest.mark.parametrize("arguments", ["methods", "methods --json", "--help"])
+def test_a_reader_that_goes_away_is_no_error(arguments: str) -> None:
+    command = f"set -o pipefail; {sys.executable} -m layerwise {arguments} | true"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_a_library_that_calls_exit_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("layerwise.cli.methods.registries", lambda: sys.exit(0))
+    assert main(["methods"]) == 4
+    assert "LW-R00 Unexpected SystemExit" in capsys.readouterr().err
