@@ -96,14 +96,14 @@ def _text(handle: IO[bytes], place: str) -> Iterator[str]:
     """The lines, of which the first may begin with a byte order mark. Raises `DataError` LW-D41 for what is no UTF-8."""
     lines = io.TextIOWrapper(handle, encoding="utf-8-sig", newline="")
     number = 0
-    while True:
-        try:
-            line = lines.readline()
-        except UnicodeDecodeError as error:
-            where = f"{place}, after line {number}"
-            remedy = "Save it as UTF-8."
-            raise DataError(f"The file is not UTF-8: {error}.", place=where, remedy=remedy, code="LW-D41") from error
-        if not line:
-            return
-        number += 1
-        yield line
+    try:
+        while line := lines.readline():
+            number += 1
+            yield line
+    except UnicodeDecodeError as error:
+        where = f"{place}, after line {number}"
+        remedy = "Save it as UTF-8."
+        raise DataError(f"The file is not UTF-8: {error}.", place=where, remedy=remedy, code="LW-D41") from error
+    finally:
+        if not handle.closed:
+            lines.detach()  # who opened the file closes it; the wrapper would do it whenever it is collected
