@@ -366,28 +366,28 @@ def test_a_second_signal_ends_at_once(project: Project) -> None:
 def test_fifty_signals_at_fifty_points(project: Project) -> None:
     """F7: wherever a signal hits, the run goes on to the same bits, and each exit takes less than ten seconds."""
     assert main(project.run("unbroken")) == 0
-    slowest, ends = 0.0, Counter[str]()
+    slowest, resumed, ends = 0.0, 0, Counter[str]()
     for point in range(50):
         out = project.folder / f"out{point}"
         number = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)[point % 3]
         child = start(project.run(out.name), SLOW="0.01")
         wait_for(lambda out=out: partial_of(out).is_dir() or out.is_dir(), child)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(0.1 + 0.25 * point)
+            child.wait(0.1 + 0.16 * point)
         begun = time.monotonic()
         child.send_signal(number)
         _, err = child.communicate(timeout=20)
         slowest = max(slowest, time.monotonic() - begun)
         ends[str(child.returncode)] += 1
-        if child.returncode == 0:  # it was faster than the signal
-            assert out.is_dir()
-        else:
-            assert child.returncode in (143, 130, -9), err
+        assert child.returncode in (0, 143, 130, -9), err
+        if not out.is_dir():  # else it had its final name before the signal came
+            assert child.returncode != 0
             assert main(["run", "--resume", str(out)]) == 0
+            resumed += 1
         same_result(project.folder / "unbroken", out)
     assert slowest < 10
-    assert ends["0"] < 25, "most signals must hit a run that is still going"
-    said = {"signals": 50, "exit_codes": dict(ends), "slowest_exit_seconds": round(slowest, 2), "resumed_to_equal_bits": 50}
+    assert resumed > 25, "most signals must hit a run that is still going"
+    said = {"signals": 50, "exit_codes": dict(ends), "slowest_exit_seconds": round(slowest, 2), "resumed_to_equal_bits": resumed}
     (ROOT / "benchmarks" / "results" / "signals.json").write_text(json.dumps(said, indent=1) + "\n")
 
 

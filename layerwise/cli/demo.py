@@ -40,7 +40,7 @@ def command(config: RunConfig, screen: Screen) -> int:
         try:
             outcome = walk.run(settings, resume=(partial_of(final) / CONFIG).is_file(), listener=screen)
         except Stopped as stop:
-            stop.resume = resume_command(final)
+            stop.resume = resume_command(final) if partial_of(final).is_dir() else ""
             raise
     screen.document({"folder": str(outcome.folder), "result": outcome.result.to_dict(), "missed": list(outcome.missed)})
     _tell(outcome, screen)

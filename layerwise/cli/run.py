@@ -42,7 +42,7 @@ def command(config: RunConfig, screen: Screen, *, resume: Resume = None) -> int:
     try:
         outcome = walk.run(config, resume=resume is not None, listener=screen)
     except Stopped as stop:
-        stop.resume = resume_command(final)
+        stop.resume = resume_command(final) if partial_of(final).is_dir() else ""
         raise
     except LayerwiseError as error:
         if error.code not in REFUSALS and partial_of(final).is_dir():
