@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from layerwise.counts import Counts
 from layerwise.data import Data
 from layerwise.evaluation import Evaluation
 from layerwise.importance import RemovalCurve
 from layerwise.model import UniversalModel
 from layerwise.replay import Replay
-from layerwise.sweep import Counts
 
 LayerSet = frozenset[str]
 

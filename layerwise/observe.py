@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from layerwise.analyzer import Statistic
+from layerwise.counts import Counts
 from layerwise.data import Batch, Data
 from layerwise.errors import CorruptRun, DataError, OutOfMemory
 from layerwise.files import newest_intact, staged_folder
 from layerwise.model import UniversalModel
 from layerwise.replay import Replay
-from layerwise.sweep import Counts, Sweep
+from layerwise.sweep import Sweep
 from layerwise.trace import out_of_memory
 from layerwise.weights import read_weights, save_weights
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from layerwise import trees
+from layerwise.counts import Counts
 from layerwise.data import Batch
 from layerwise.errors import UserModelError
 from layerwise.model import UniversalModel
 from layerwise.patching import Replacement, replacing, skip
 from layerwise.structure import Layer
-from layerwise.sweep import Counts
 from layerwise.trace import evaluating, run
 
 

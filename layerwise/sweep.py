@@ -17,20 +17,12 @@ from torch import Tensor, nn
 
 from layerwise import trees
 from layerwise.analyzer import Signal, Statistic
+from layerwise.counts import Counts
 from layerwise.data import Batch
 from layerwise.model import UniversalModel
 from layerwise.sample_gradients import SampleGradients
 from layerwise.structure import Layer
 from layerwise.trace import evaluating, run, unfused
-
-
-@dataclass
-class Counts:
-    """Work done, for tests and reports: whole forwards and backwards, and calls of blocks that really ran."""
-
-    forwards: int = 0
-    backwards: int = 0
-    block_calls: int = 0
 
 
 @dataclass

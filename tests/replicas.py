@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from layerwise import trees
+from layerwise.counts import Counts
 from layerwise.data import Batch
 from layerwise.model import UniversalModel
 from layerwise.patching import replacing
 from layerwise.structure import Layer
-from layerwise.sweep import Counts
 from layerwise.trace import evaluating, unfused
 
 

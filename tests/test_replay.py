@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from layerwise.counts import Counts
 from layerwise.data import Batch
 from layerwise.errors import UserModelError
 from layerwise.model import UniversalModel
 from layerwise.patching import skip
 from layerwise.replay import Replay
-from layerwise.sweep import Counts
 from tests.models import CASES, Case, Residual
 from tests.replicas import naive_skip, same_state, state_of
 
