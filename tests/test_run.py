@@ -374,12 +374,13 @@ def test_fifty_signals_at_fifty_points(project: Project) -> None:
         wait_for(lambda out=out: partial_of(out).is_dir() or out.is_dir(), child)
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(0.1 + 0.16 * point)
+        whole = out.is_dir()  # then Python may be shutting down, where a signal ends it in Python's own way
         begun = time.monotonic()
         child.send_signal(number)
         _, err = child.communicate(timeout=20)
         slowest = max(slowest, time.monotonic() - begun)
         ends[str(child.returncode)] += 1
-        assert child.returncode in (0, 143, 130, -9), err
+        assert child.returncode in (0, 143, 130, -9, *((-2, -15) if whole else ())), err
         if not out.is_dir():  # else it had its final name before the signal came
             assert child.returncode != 0
             assert main(["run", "--resume", str(out)]) == 0
