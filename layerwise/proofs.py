@@ -178,7 +178,7 @@ def speed_in_words(before: Measurement, after: Measurement) -> str:
         return f"{before.latency / after.latency:.2f}x faster ({times})"
     if after.latency > before.latency + noise:
         return f"no speed-up: {after.latency / before.latency:.2f}x slower on this device ({times})"
-    return f"no speed-up: equal within the noise on this device ({times})"
+    return f"no speed-up shown: the two times differ by less than their spreads, together {noise:.3g} ms ({times})"
 
 
 def reloads(original: UniversalModel, compressed: UniversalModel, batch: Batch) -> Proof:

@@ -225,7 +225,7 @@ FIGURES = Measurement(100, 100, 400, 1000, 10.0, 0.5, 8, {"accuracy": 0.9}, {"ac
     [
         ({"size": 200}, ("size<=0.5x",), True, "400 → 200 (0.50x)"),
         ({"size": 201}, ("size<=0.5x",), False, "not kept: size<=0.5x"),
-        ({"size": 200, "latency": 10.2}, (), True, "no speed-up: equal within the noise"),
+        ({"size": 200, "latency": 10.2}, (), True, "no speed-up shown: the two times differ by less than their spreads"),
         ({"size": 200, "latency": 20.0}, (), True, "no speed-up: 2.00x slower"),
         ({"size": 200, "latency": 5.0}, (), True, "2.00x faster (10 → 5 ms per batch of 8)"),
         ({"size": 200, "latency": 20.0}, ("latency<=0.9x",), False, "not kept: latency<=0.9x"),
