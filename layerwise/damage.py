@@ -37,10 +37,12 @@ def evaluate_skips(
     return found
 
 
-def removal_curve(model: UniversalModel, data: Data, order: Sequence[str]) -> tuple[RemovalCurve, dict[str, float]]:
+def removal_curve(
+    model: UniversalModel, data: Data, order: Sequence[str], *, progress: Callable[[int, int], None] | None = None
+) -> tuple[RemovalCurve, dict[str, float]]:
     """The task's quality after skipping the first k layers of `order`, k = 0 … len(order), and the whole model's metrics."""
     prefixes = [frozenset(order[:k]) for k in range(len(order) + 1)]
-    found = evaluate_skips(model, data, prefixes)
+    found = evaluate_skips(model, data, prefixes, progress=progress)
     assert model.task is not None  # settled by evaluate_skips
     metric = model.task.quality
     curve = RemovalCurve(metric, tuple(order), tuple(found[p].means()[metric] for p in prefixes))

@@ -77,7 +77,7 @@ def analyze(
         seen = observe(model, batches, fed, seed=seed, progress=progress, checkpoint=checkpoint)
     scores = {name: a.finish(model, statistics[name], seen.cost_of(statistics[name], name)) for name, a in analyzers.items()}
     report = _report(model, batches, scores, seed, seen)
-    return report if batches is None else _with_curve(report, model, batches)
+    return report if batches is None else _with_curve(report, model, batches, progress)
 
 
 def plan(
@@ -104,6 +104,7 @@ def compress(
     data: Any,
     *,
     report: ImportanceReport | None = None,
+    progress: Progress | None = None,
 ) -> CompressionResult:
     """Carries out `plan` on a copy, measures both models side by side on `data` and proves the result.
 
@@ -112,7 +113,7 @@ def compress(
     original, batches = _universal(model), Data.of(data)
     original.see(batches[0])
     applied = apply_plan(original, plan)
-    before, after = compare(original, applied.model, batches)
+    before, after = compare(original, applied.model, batches, progress=progress)
     proofs = prove(original, applied.model, applied.plan, batches, before=before, after=after)
     about = {
         "name": original.name,
@@ -198,12 +199,12 @@ def _report(
     )
 
 
-def _with_curve(report: ImportanceReport, model: UniversalModel, data: Data) -> ImportanceReport:
+def _with_curve(report: ImportanceReport, model: UniversalModel, data: Data, progress: Progress | None) -> ImportanceReport:
     """The report with the measured metrics and removal curve of the consensus, least important layer first."""
     consensus = report.consensus()
     skippable = {layer.name for layer in model.layers if layer.skippable}
     order = [name for name in sorted(consensus.usable(), key=lambda n: consensus[n]) if name in skippable]
-    curve, metrics = removal_curve(model, data, order)
+    curve, metrics = removal_curve(model, data, order, progress=progress)
     return replace(report, removal=curve if order else None, metrics=metrics)
 
 

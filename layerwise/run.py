@@ -244,7 +244,7 @@ def _plan(walk: Walk, progress: Progress) -> None:
 
 
 def _compress(walk: Walk, progress: Progress) -> None:
-    result = engine.compress(walk.model, walk.plan, walk.evaluation, report=walk.report)
+    result = engine.compress(walk.model, walk.plan, walk.evaluation, report=walk.report, progress=progress)
     walk.result = result
     require_proven(result)
     result.save(walk.folder.path("model"), force=True)

@@ -43,8 +43,8 @@ def command(config: RunConfig, screen: Screen, *, plan: PlanFile = None, method:
     assert data is not None  # needed above
     model.see(data[0])
     steps = _plan(model, plan, method, pattern)
-    with screen.progress("Cutting and proving"):
-        result = engine.compress(model, steps, data)
+    with screen.progress("Cutting and proving") as progress:
+        result = engine.compress(model, steps, data, progress=progress)
     screen.document(result.to_dict())
     show_result(result, screen)
     require_proven(result)
