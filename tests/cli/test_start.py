@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 import typer
@@ -17,6 +17,12 @@ from tests.conftest import ROOT
 PAGE = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
 
 
+def cpu_of_children() -> float:
+    """Seconds of processor time: what a command takes by itself, whatever else the machine is doing meanwhile."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_answers_at_once_without_torch() -> None:
     code = (
         "import sys; from layerwise.cli import main; main(['--help']);"
@@ -24,9 +30,9 @@ def test_help_answers_at_once_without_torch() -> None:
     )
     seconds = []
     for _ in range(5):
-        begun = time.perf_counter()
+        before = cpu_of_children()
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(cpu_of_children() - before)
         assert run.stdout.strip().splitlines()[-1] == "imported []"
     assert min(seconds) < 0.3
 
