@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from layerwise.analyzer import Statistic
@@ -182,8 +181,3 @@ def _resume(folder: Path, run: _Pass, data: Data) -> int:
     for key, value in progress["counts"].items():
         setattr(run.observation.counts, key, value)
     return int(progress["done"])
-
-
-def generator(seed: int) -> torch.Generator:
-    """A CPU generator with this seed; the global one is left alone."""
-    return torch.Generator().manual_seed(seed)
