@@ -89,6 +89,10 @@ class ImportanceAnalyzer(ABC):
     def score(self, model: UniversalModel, statistic: Any) -> Mapping[str, LayerScore]:
         """Layer name → score from a fed statistic; higher means more important. Layers that are left out are an error."""
 
+    def measured_in(self) -> str:
+        """The unit of the scores with these settings; `unit` is that of the default ones."""
+        return self.unit
+
     def get_method_name(self) -> str:
         """The public name."""
         return self.method
@@ -112,7 +116,7 @@ class ImportanceAnalyzer(ABC):
         entries = {layer.name: scored[layer.name] for layer in model.layers}
         samples = statistic.samples if statistic is not None else 0
         seconds += time.perf_counter() - started
-        return Scores(self.method, self.unit, entries, samples, seconds, self.settings())
+        return Scores(self.method, self.measured_in(), entries, samples, seconds, self.settings())
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain data, and whether this is a baseline."""

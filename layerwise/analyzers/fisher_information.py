@@ -62,6 +62,9 @@ class FisherInformationAnalyzer(ImportanceAnalyzer):
 
     per_parameter: bool = False
 
+    def measured_in(self) -> str:
+        return "nats² per parameter" if self.per_parameter else self.unit
+
     def statistic(self, model: UniversalModel) -> Statistic:
         return SquaredGradients(len(model.layers))
 

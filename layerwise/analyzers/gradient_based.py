@@ -105,6 +105,9 @@ class GradientBasedAnalyzer(ImportanceAnalyzer):
         if self.form not in known:
             raise UsageError(f"Unknown form {self.form!r} of gradient_based.", remedy=nearest(self.form, known))
 
+    def measured_in(self) -> str:
+        return "nats per unit of θ" if self.form == "norm" else self.unit
+
     def statistic(self, model: UniversalModel) -> Statistic:
         layers = len(model.layers)
         return BranchTaylor(layers) if self.form == "activation" else ParameterTaylor(layers, self.form)

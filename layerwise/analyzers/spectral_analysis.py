@@ -59,6 +59,9 @@ MEASURES: dict[str, Callable[[Tensor], float]] = {
 }
 
 
+UNITS = {"effective_rank": "share of full rank", "stable_rank": "rank", "log_spectral_norm": "log₁₀ λ", "heavy_tail": "−α"}
+
+
 def matrices(layer: Layer) -> list[Tensor]:
     """The layer's weights as matrices (outputs, inputs × kernel); a fused query-key-value projection as its three parts."""
     found: list[Tensor] = []
@@ -100,6 +103,9 @@ class SpectralAnalyzer(ImportanceAnalyzer):
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
             raise UsageError(f"Unknown measure {self.measure!r} of spectral_analysis.", remedy=nearest(self.measure, MEASURES))
+
+    def measured_in(self) -> str:
+        return UNITS[self.measure]
 
     def statistic(self, model: UniversalModel) -> None:
         return None

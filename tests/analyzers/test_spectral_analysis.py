@@ -66,6 +66,12 @@ def test_a_layer_is_the_mean_over_its_matrices_by_size() -> None:
     assert ranks[1] == pytest.approx(1 / 8, rel=1e-3)
 
 
+def test_the_unit_is_that_of_the_measure() -> None:
+    model = CASES["sequential"].model()
+    units = {m: SpectralAnalyzer(measure=m).analyze(model).unit for m in ("effective_rank", "stable_rank")}
+    assert units == {"effective_rank": "share of full rank", "stable_rank": "rank"}
+
+
 def test_zero_weights_score_zero_not_nan() -> None:
     net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     net[0].weight.data.zero_()
