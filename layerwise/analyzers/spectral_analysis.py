@@ -21,7 +21,7 @@ MIN_EIGENVALUES = 50  # below, a fitted tail exponent means nothing
 
 def eigenvalues(matrix: Tensor) -> Tensor:
     """Squared singular values, ascending, float64, from the smaller Gram matrix."""
-    w = matrix.double()
+    w = matrix.detach().double()
     return torch.linalg.eigvalsh(w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w).clamp_min(0)
 
 
