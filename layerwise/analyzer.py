@@ -4,6 +4,7 @@ An analyzer is a frozen dataclass of settings. It gives a statistic, a small mer
 
 - `needs` names the signals of the shared sweep (see `layerwise.sweep`); `observe` gets one batch of them;
 - a statistic that intervenes gets each batch's `Replay` in `probe` instead (see `layerwise.replay`);
+- a statistic that walks runs the model itself, on inputs of its own making, in `walk` (see `layerwise.walk`);
 - an analyzer that only reads weights gives no statistic at all.
 
 So any number of observing methods cost one pass, and a state can be saved after any batch, resumed and merged.
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from layerwise.replay import Replay
     from layerwise.structure import Layer
     from layerwise.sweep import Seen
+    from layerwise.walk import Walk
 
 
 class Signal(Enum):
@@ -45,6 +47,7 @@ class Statistic(ABC):
 
     needs: ClassVar[frozenset[Signal]] = frozenset()
     intervenes: ClassVar[bool] = False
+    walks: ClassVar[bool] = False
 
     def observe(self, seen: Seen) -> None:
         """One batch of the sweep, after its backward pass."""
@@ -54,6 +57,9 @@ class Statistic(ABC):
 
     def probe(self, replay: Replay) -> None:
         """One batch's replay, for statistics that intervene."""
+
+    def walk(self, walk: Walk) -> None:
+        """One batch to run the model on as it likes (interpolated, corrupted, perturbed inputs), for statistics that walk."""
 
     @abstractmethod
     def merge_(self, other: Any) -> None:

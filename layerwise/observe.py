@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from layerwise.analyzer import Statistic
@@ -23,9 +24,11 @@ from layerwise.model import UniversalModel
 from layerwise.replay import Replay
 from layerwise.sweep import Sweep
 from layerwise.trace import out_of_memory
+from layerwise.walk import Walk
 from layerwise.weights import read_weights, save_weights
 
 HALVINGS = 3
+MOST_SAMPLES = 2**20  # per batch: what numbers the samples of a data set without counting them first
 SAVE_EVERY = 5.0  # seconds between checkpoints
 Progress = Callable[[int, int], None]  # batches done, batches in all
 
@@ -74,7 +77,7 @@ def observe(
         batch = data[index]
         if batch.size == 0:
             raise DataError(f"Batch {index} of {data.name} is empty.", code="LW-D29")
-        run.feed(batch, seed * 1_000_003 + index)
+        run.feed(batch, seed * 1_000_003 + index, index * MOST_SAMPLES)
         due = time.monotonic() - saved > SAVE_EVERY or index + 1 == total
         if checkpoint is not None and due:
             _save(checkpoint, run, index + 1, data)
@@ -93,16 +96,17 @@ class _Pass:
         self.seed = seed
         self.sweep = Sweep(model, [s for s in statistics.values() if s.needs])
         self.probes = {name: s for name, s in statistics.items() if s.intervenes}
-        self.observation = Observation(self.sweep.counts, own_seconds=dict.fromkeys(self.probes, 0.0))
+        self.walkers = {name: s for name, s in statistics.items() if s.walks}
+        self.observation = Observation(self.sweep.counts, own_seconds=dict.fromkeys([*self.probes, *self.walkers], 0.0))
 
-    def feed(self, batch: Batch, seed: int) -> None:
+    def feed(self, batch: Batch, seed: int, first: int) -> None:
         """One batch, in as many pieces as memory asks for."""
         before = {name: _copied(s.state()) for name, s in self.statistics.items()}
         for halving in range(HALVINGS + 1):
             size = -(-batch.size // 2**halving)
             try:
                 for start in range(0, batch.size, size):
-                    self._piece(batch.narrow(start, min(start + size, batch.size)), seed + start * 7_919)
+                    self._piece(batch.narrow(start, min(start + size, batch.size)), seed + start * 7_919, first + start)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
@@ -121,13 +125,17 @@ class _Pass:
             ) from error
         self.observation.notes.append(f"Memory ran out with {-(-size // 2**halving)} samples; the batch was halved.")
 
-    def _piece(self, batch: Batch, seed: int) -> None:
+    def _piece(self, batch: Batch, seed: int, first: int) -> None:
         started = time.perf_counter()
         if self.sweep.statistics:
-            self.sweep.batch(batch, seed)
+            self.sweep.batch(batch, seed, first)
         self.observation.seconds += time.perf_counter() - started
-        if not self.probes:
-            return
+        if self.probes:
+            self._probe(batch)
+        if self.walkers:
+            self._walk(batch, seed, first)
+
+    def _probe(self, batch: Batch) -> None:
         started = time.perf_counter()
         replay = Replay(self.model, batch, self.sweep.counts)
         shared = time.perf_counter() - started
@@ -135,6 +143,14 @@ class _Pass:
             started = time.perf_counter()
             statistic.probe(replay)
             self.observation.own_seconds[name] += shared + time.perf_counter() - started
+
+    def _walk(self, batch: Batch, seed: int, first: int) -> None:
+        ids = torch.arange(first, first + batch.size)
+        walk = Walk(self.model, batch.to(self.model.device), seed, ids, self.sweep.counts)
+        for name, statistic in self.walkers.items():
+            started = time.perf_counter()
+            statistic.walk(walk)
+            self.observation.own_seconds[name] += time.perf_counter() - started
 
 
 def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

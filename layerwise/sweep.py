@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +35,20 @@ class Seen:
     leaving: list[Tensor | None]
     gradients: list[Tensor | None]
     output: Tensor | None = None
+    ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # each sample's number in the data set
+
+    def complete(self, layer: Layer) -> bool:
+        """Whether the layer's stream was seen with one row per sample. Windows folded into the batch, say, are not."""
+        entering, leaving = self.entering[layer.index], self.leaving[layer.index]
+        rows = self.batch.size
+        return entering is not None and leaving is not None and entering.shape[0] == rows == leaving.shape[0]
+
+    def branch(self, layer: Layer) -> Tensor | None:
+        """What the layer adds to its stream: leaving − entering where it keeps the shape, else what leaves; None if unseen."""
+        entering, leaving = self.entering[layer.index], self.leaving[layer.index]
+        if entering is None or leaving is None:
+            return None
+        return leaving - entering if layer.skippable else leaving
 
 
 class Sweep:
@@ -54,8 +68,8 @@ class Sweep:
         self.gradients = SampleGradients(model.module, model.layers, emit) if receivers else None
         self._attribution_checked = False
 
-    def batch(self, batch: Batch, seed: int) -> None:
-        """Feeds one batch to every statistic. `seed` draws the answers of tasks without labels."""
+    def batch(self, batch: Batch, seed: int, first: int = 0) -> None:
+        """Feeds one batch, whose first sample has the number `first`. `seed` draws the answers of tasks without labels."""
         batch = batch.to(self.model.device)
         backward = bool(self.needs & {Signal.GRADIENTS, Signal.SAMPLE_GRADIENTS})
         with ExitStack() as stack:
@@ -69,6 +83,7 @@ class Sweep:
         if self.gradients is not None and self.gradients.loop:
             self._loop(batch, seed)
         seen.output = output.detach()
+        seen.ids = torch.arange(first, first + batch.size)
         for statistic in self.statistics:
             statistic.observe(seen)
 

@@ -69,11 +69,9 @@ class BranchTaylor(MomentsStatistic):
 
     def observe(self, seen: Seen) -> None:
         for layer in seen.layers:
-            gradient, leaving = seen.gradients[layer.index], seen.leaving[layer.index]
-            entering = seen.entering[layer.index]
-            if gradient is None or leaving is None or entering is None or gradient.shape[0] != seen.batch.size:
+            gradient, branch = seen.gradients[layer.index], seen.branch(layer)
+            if gradient is None or branch is None or not seen.complete(layer):
                 continue
-            branch = leaving - entering if layer.skippable else leaving
             self.moments.add_(layer.index, (gradient.double() * branch.double()).flatten(1).sum(1).abs())
 
 
