@@ -36,10 +36,48 @@ class Stream:
     gives: tuple[Path, ...] = ()  # where other tensors leave that it computed itself
 
 
+@dataclass(frozen=True)
+class Site:
+    """Where a unit's share of the computation can be seen and silenced: a tensor that `module` takes or gives, or a slice of it.
+
+    `path` is the key in (args, kwargs) when the unit is seen as `module` is entered, else in what it gives. `dim`, `start` and
+    `stop` cut out the unit's slice; the whole tensor where `stop` is 0.
+    """
+
+    module: nn.Module
+    path: Path
+    entering: bool = False
+    dim: int = 0
+    start: int = 0
+    stop: int = 0
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The unit's slice of the site's tensor, a view."""
+        return tensor.narrow(self.dim, self.start, self.stop - self.start) if self.stop else tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """A parameter of a unit, or the slice of it that is the unit's (the whole where `stop` is 0)."""
+
+    name: str
+    parameter: Tensor
+    dim: int = 0
+    start: int = 0
+    stop: int = 0
+
+    @property
+    def tensor(self) -> Tensor:
+        """The unit's part, a view."""
+        return self.parameter.narrow(self.dim, self.start, self.stop - self.start) if self.stop else self.parameter
+
+
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer. `name` is the dotted path of `module` and identifies the layer in scores, plans and rows.
+    """One layer: a block, or a unit inside one (see `layerwise.units`). `name` identifies it in scores, plans and rows.
 
+    A block's name is the dotted path of `module`. A unit has a `site`, the name of its block as `parent`, and in `shares` what
+    is its own of the parameters; its `module` may hold more than the unit, and it has no `stream`.
     `skippable`: its output has the shape and type of its input, so the model runs without it; otherwise `reason` says why not.
     `silent` are modules inside that own parameters but were not called themselves (their owner reads the weights directly).
     `group` names the chain it belongs to. `macs` are multiply-accumulates per sample, `shape` that of the traced output.
@@ -58,6 +96,22 @@ class Layer:
     macs: int = 0
     shape: tuple[int, ...] = ()
     silent: tuple[nn.Module, ...] = ()
+    granularity: str = "block"
+    parent: str = ""
+    site: Site | None = None
+    shares: tuple[Share, ...] = ()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The layer's parameters as (name, tensor), each shared one once; of a unit its share: whole parameters or views."""
+        if self.site is None:
+            yield from self.module.named_parameters()
+        for share in self.shares:
+            yield share.name, share.tensor
+
+    @property
+    def observable(self) -> bool:
+        """Whether a tensor of its own can be seen: a stream, or a unit's site."""
+        return self.stream is not None or self.site is not None
 
 
 def read_layers(module: nn.Module, batch: Batch) -> list[Layer]:
@@ -264,4 +318,4 @@ def outside(module: nn.Module, layers: Sequence[Layer]) -> list[tuple[str, Tenso
     return [(name, p) for name, p in module.named_parameters() if id(p) not in inside]
 
 
-__all__ = ["Chain", "Layer", "Stream", "coverage", "find_chains", "outside", "read_layers"]
+__all__ = ["Chain", "Layer", "Share", "Site", "Stream", "coverage", "find_chains", "outside", "read_layers"]

@@ -141,3 +141,11 @@ def test_an_embedding_in_front_of_the_stack_is_no_layer() -> None:
     layers = read_layers(ViTForImageClassification(config), Batch((torch.randn(2, 3, 16, 16),)))
     assert [x.name.rpartition(".")[2] for x in layers] == ["0", "1"]
     assert all(x.skippable for x in layers)
+
+
+def test_the_tensors_of_a_block_are_its_parameters_each_once() -> None:
+    for case in (CASES["bert"], CASES["albert"]):
+        for layer in case.model().layers:
+            found = dict(layer.tensors())
+            assert list(found) == [name for name, _ in layer.module.named_parameters()]
+            assert sum(t.numel() for t in found.values()) == layer.parameters

@@ -31,5 +31,5 @@ class WeightNormAnalyzer(ImportanceAnalyzer):
         return {layer.name: LayerScore.measured(self._norm(layer)) for layer in model.layers}
 
     def _norm(self, layer: Layer) -> float:
-        squares = sum(float(p.detach().double().square().sum()) for p in layer.module.parameters())
+        squares = sum(float(p.detach().double().square().sum()) for _, p in layer.tensors())
         return math.sqrt(squares / max(layer.parameters, 1) if self.per_parameter else squares)
