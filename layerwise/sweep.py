@@ -79,7 +79,7 @@ class Sweep:
                 stack.enter_context(self.gradients.attached(batch.size))
             output = self._forward(batch)
             if backward:
-                self._backward(output, batch, seed)
+                self._backward(output, batch, seed, seen)
         if self.gradients is not None and self.gradients.loop:
             self._loop(batch, seed)
         seen.output = output.detach()
@@ -101,12 +101,13 @@ class Sweep:
         assert self.model.task is not None  # settled before the first batch
         return self.model.task.likelihood(output, batch, torch.Generator().manual_seed(seed))
 
-    def _backward(self, output: Tensor, batch: Batch, seed: int) -> None:
+    def _backward(self, output: Tensor, batch: Batch, seed: int, seen: Seen) -> None:
         losses = self._likelihood(output, batch, seed)
         if not losses.requires_grad:
             return  # no layer's stream reaches the output: every gradient stays None, and the scores say so
         if self.gradients is not None and not self._attribution_checked and losses.numel() > 1:
             self.gradients.check_attribution(losses)
+            seen.gradients[:] = [None] * len(seen.gradients)  # those were of one sample's loss
             self.counts.backwards += 1
             self._attribution_checked = True
         losses.sum().backward()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.analyzer import Signal, Statistic
+from layerwise.analyzers.gradient_based import BranchTaylor
 from layerwise.data import Batch
 from layerwise.model import UniversalModel
 from layerwise.sweep import Seen, Sweep
@@ -174,6 +175,15 @@ def test_output_gradients_are_those_of_the_summed_loss() -> None:
     assert watcher.seen is not None
     for actual, gradient in zip(watcher.seen.gradients, expected, strict=True):
         torch.testing.assert_close(actual, gradient)
+
+
+def test_output_gradients_do_not_depend_on_who_else_shares_the_pass() -> None:
+    case = CASES["bert"]
+    model = case.model(Classification())
+    alone, shared = BranchTaylor(3), BranchTaylor(3)
+    Sweep(model, [alone]).batch(case.batch(4), seed=0)
+    Sweep(model, [shared, Collector()]).batch(case.batch(4), seed=0)
+    torch.testing.assert_close(shared.moments.sums, alone.moments.sums)
 
 
 def test_nothing_is_left_behind(case: Case) -> None:
