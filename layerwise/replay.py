@@ -32,8 +32,8 @@ class Replay:
         self.model = model
         self.batch = batch.to(model.device)
         self.counts = counts if counts is not None else Counts()
-        self._cache: list[tuple[Layer, Any]] = []
-        self.output = self._run({layer.index: self._remember(layer) for layer in model.layers})
+        self.calls: list[tuple[Layer, Any]] = []  # every layer call of the unchanged run and what it gave
+        self.output = self.run({layer.index: self._remember(layer) for layer in model.layers})
 
     def skipping(self, layers: Iterable[Layer]) -> Tensor:
         """The output when these layers pass their input on."""
@@ -41,20 +41,20 @@ class Replay:
 
     def replacing(self, changes: Mapping[int, Replacement]) -> Tensor:
         """The output when the layers with these indices compute something else."""
-        position = iter(range(len(self._cache)))
+        position = iter(range(len(self.calls)))
         state = _State()
         replacements = {
             layer.index: self._answer(layer, changes.get(layer.index), position, state) for layer in self.model.layers
         }
-        output = self._run(replacements)
+        output = self.run(replacements)
         if next(position, None) is not None:
-            raise self._changed("fewer layers ran than before")
+            raise self.changed("fewer layers ran than before")
         return output
 
     def _remember(self, layer: Layer) -> Replacement:
         def remember(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            output = self._call(forward, args, kwargs)
-            self._cache.append((layer, trees.mapped(output, torch.Tensor.clone)))
+            output = self.call(forward, args, kwargs)
+            self.calls.append((layer, trees.mapped(output, torch.Tensor.clone)))
             return output
 
         return remember
@@ -62,13 +62,13 @@ class Replay:
     def _answer(self, layer: Layer, change: Replacement | None, position: Iterator[int], state: _State) -> Replacement:
         def answer(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             at = next(position, None)
-            if at is None or self._cache[at][0] is not layer:
-                raise self._changed(f"{layer.name} ran out of turn")
+            if at is None or self.calls[at][0] is not layer:
+                raise self.changed(f"{layer.name} ran out of turn")
 
             def ours(*a: Any, **k: Any) -> Any:
                 if not state.changed:  # nothing before this call differs, so neither would its own output
-                    return trees.mapped(self._cache[at][1], torch.Tensor.clone)
-                return self._call(forward, a, k)
+                    return trees.mapped(self.calls[at][1], torch.Tensor.clone)
+                return self.call(forward, a, k)
 
             if change is None:
                 return ours(*args, **kwargs)
@@ -78,11 +78,13 @@ class Replay:
 
         return answer
 
-    def _call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A block that really runs."""
         self.counts.block_calls += 1
         return forward(*args, **kwargs)
 
-    def _run(self, replacements: Mapping[int, Replacement]) -> Tensor:
+    def run(self, replacements: Mapping[int, Replacement]) -> Tensor:
+        """The output of the whole model with every layer replaced (layer index → replacement)."""
         self.counts.forwards += 1
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
@@ -91,7 +93,8 @@ class Replay:
                 stack.enter_context(replacing(layer.module, replacements[layer.index]))
             return self.model.adapter.output(run(self.model.module, self.batch))
 
-    def _changed(self, what: str) -> UserModelError:
+    def changed(self, what: str) -> UserModelError:
+        """The error for a model whose layers do not run as they did for the cache."""
         return UserModelError(
             f"{self.model.name} does not run the same layers each time: {what}.",
             remedy="Layers that are chosen by the data or at random cannot be replayed; fix the choice (eval mode, a seed).",
