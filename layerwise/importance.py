@@ -7,18 +7,23 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
 
+from layerwise import consensus as ensembles
+from layerwise.consensus import Disagreement
 from layerwise.errors import CorruptRun, UsageError, nearest
 from layerwise.files import write_atomic
+from layerwise.ranks import spearman, spearman_rows
 from layerwise.registry import Registry
-from layerwise.scores import LayerScore, Scores, Status
+from layerwise.scores import Scores
 
 FORMAT = 1
+NAMED = 3  # disagreeing pairs that a warning spells out
+How = Literal["borda", "reliability"]
+CONSENSUS: tuple[str, ...] = get_args(How)
 COLUMNS = [
     "layer", "index", "kind", "parameters", "method", "score", "stderr", "rank", "status", "reason", "seconds", "samples",
 ]  # fmt: skip
@@ -108,24 +113,51 @@ class ImportanceReport:
         ]  # fmt: skip
         return pd.DataFrame(rows, columns=COLUMNS).astype({"rank": "Int64"})
 
-    def consensus(self) -> Scores:
-        """Borda count: the mean over methods of the share of layers ranked below this one (0 … 1).
+    def voters(self) -> dict[str, Scores]:
+        """The methods that count: not the baselines (`random`, `depth`, …), unless nothing else was run."""
+        return {m: s for m, s in self.scores.items() if not s.settings.get("baseline")} or dict(self.scores)
 
-        Baselines (`random`, `depth`, …) do not vote unless nothing else was run. The standard error is that over methods.
+    def consensus(self, how: How = "borda") -> Scores:
+        """The mean over methods of the share of layers ranked below this one (0 … 1), ties counting half.
+
+        Baselines do not vote unless nothing else was run. The standard error is that over methods. `settings` hold the weights.
+
+        Parameters
+        ----------
+        how
+            ``borda``: every method counts the same (default). ``reliability``: each counts by how well its ranks survive its own
+            standard errors (`layerwise.consensus.reliability`).
         """
-        voters = [s for s in self.scores.values() if not s.settings.get("baseline")] or list(self.scores.values())
-        votes: dict[str, list[float]] = {layer.name: [] for layer in self.layers}
-        for scores in voters:
-            ranks = scores.ranks()
-            for name, rank in ranks.items():
-                votes[name].append(1.0 - (rank - 1) / max(len(ranks) - 1, 1))
-        return Scores("consensus", "share of layers ranked below", {n: _mean_vote(v) for n, v in votes.items()})
+        voters = self.voters()
+        if how not in CONSENSUS:
+            raise UsageError(f"Unknown consensus {how!r}.", remedy=nearest(how, CONSENSUS))
+        weights = dict.fromkeys(voters, 1.0) if how == "borda" else ensembles.reliability_weights(voters, seed=self.seed)
+        return ensembles.combined([layer.name for layer in self.layers], voters, weights, how)
+
+    def disagreements(self) -> list[Disagreement]:
+        """The pairs of voting methods whose ranks correlate below 0.4, the worst first, with the layers most in dispute."""
+        return ensembles.disagreements(self.voters())
+
+    def disagreement(self) -> str:
+        """A warning that names which methods disagree about which layers; '' where none do."""
+        found = self.disagreements()
+        more = [f"So do {len(found) - NAMED} more pairs of methods."] if len(found) > NAMED else []
+        return " ".join([*map(str, found[:NAMED]), *more])
 
     def agreement(self, *, resamples: int = 1000) -> list[Agreement]:
         """Spearman's rho for each pair of methods with a 95 % percentile bootstrap interval over layers."""
         names = list(self.scores)
         generator = np.random.default_rng(self.seed)
         return [_agree(self.scores[a], self.scores[b], resamples, generator) for i, a in enumerate(names) for b in names[i + 1 :]]
+
+    def agreement_matrix(self, *, resamples: int = 1000) -> pd.DataFrame:
+        """`agreement` as a table: ``matrix["rho"]`` is methods × methods; ``matrix["low"]`` and ``["high"]`` are its interval."""
+        names = list(self.scores)
+        grids = {key: pd.DataFrame(1.0, index=names, columns=names) for key in ("rho", "low", "high")}
+        for pair in self.agreement(resamples=resamples):
+            for key, grid in grids.items():
+                grid.loc[pair.first, pair.second] = grid.loc[pair.second, pair.first] = getattr(pair, key)
+        return pd.concat(grids, axis=1)
 
     def to_dict(self) -> dict[str, Any]:
         data = {k: v for k, v in vars(self).items() if k not in {"layers", "scores", "removal"}}
@@ -184,13 +216,6 @@ class ImportanceReport:
             raise CorruptRun(f"This is not a saved report: {error!r}.", place=str(path)) from error
 
 
-def _mean_vote(votes: list[float]) -> LayerScore:
-    if not votes:
-        return LayerScore.missing(Status.NOT_APPLICABLE, "no method scored this layer")
-    error = float(np.std(votes, ddof=1) / math.sqrt(len(votes))) if len(votes) > 1 else math.nan
-    return LayerScore(float(np.mean(votes)), error)
-
-
 def _agree(a: Scores, b: Scores, resamples: int, generator: np.random.Generator) -> Agreement:
     left, right = a.usable(), b.usable()
     common = [name for name in left if name in right]
@@ -201,17 +226,3 @@ def _agree(a: Scores, b: Scores, resamples: int, generator: np.random.Generator)
     draws = draws[np.isfinite(draws)]
     low, high = np.percentile(draws, [2.5, 97.5]) if len(draws) else (math.nan, math.nan)
     return Agreement(a.method, b.method, spearman(x, y), float(low), float(high), len(common))
-
-
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rank correlation with mean ranks for ties; NaN where one side is constant or there are < 2 values."""
-    return float(spearman_rows(x[None], y[None])[0]) if len(x) > 1 else math.nan
-
-
-def spearman_rows(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """`spearman` of each row of `x` with the same row of `y`, both (rows, values), all rows at once."""
-    rx, ry = (rankdata(a, axis=1) for a in (x, y))
-    rx, ry = (a - a.mean(1, keepdims=True) for a in (rx, ry))
-    scale = np.sqrt((rx * rx).sum(1) * (ry * ry).sum(1))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(scale > 0, (rx * ry).sum(1) / scale, np.nan)

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from layerwise.errors import CorruptRun, UsageError
-from layerwise.importance import COLUMNS, ImportanceReport, LayerInfo, RemovalCurve, spearman
+from layerwise.importance import COLUMNS, ImportanceReport, LayerInfo, RemovalCurve
 from layerwise.scores import LayerScore, Scores, Status
 
 
@@ -41,14 +40,6 @@ def test_the_frame_has_the_promised_columns_one_row_per_layer_and_method() -> No
     assert (row.status, row.reason) == ("not_applicable", "why")
     assert np.isnan(row.score)
     assert frame[frame.method == "a"]["rank"].tolist() == [3, 1, 2]
-
-
-def test_spearman_equals_scipys() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        x, y = rng.integers(0, 6, 12).astype(float), rng.normal(size=12)
-        assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
-    assert math.isnan(spearman(np.ones(4), np.arange(4.0)))
 
 
 def test_agreement_is_pairwise_with_an_interval_around_it() -> None:

@@ -66,4 +66,5 @@ def test_coupled_layers_are_not_offered_for_dropping() -> None:
     _, plan = asked("size<=0.9x", case="resnet")
     cut = next(m for m in plan._menu() if m.selective)
     offered = frozenset().union(*plan._sets(cut))
-    assert offered == {"layer1.0", "layer1.1", "layer2.1", "layer3.1", "layer4.1"}
+    assert offered < {"layer1.0", "layer1.1", "layer2.1", "layer3.1", "layer4.1"}  # all five tie, and one of them stays
+    assert len(offered) == 4

@@ -69,8 +69,9 @@ def show_report(report: ImportanceReport, screen: Screen) -> None:
     columns = ["rank", "layer", "kind", "parameters", *letters.values()]
     screen.table(columns, rows, right=" ".join(c for c in columns if c not in {"layer", "kind"}))
     screen.say("  ".join(f"{letter} = {method}" for method, letter in letters.items()))
-    for note in report.notes:
-        screen.say(note)
+    for note in (report.disagreement(), *report.notes):
+        if note:
+            screen.say(note)
 
 
 def show_plan(plan: CompressionPlan, screen: Screen) -> None:

@@ -53,4 +53,4 @@ class Story:
         """A method's name; a baseline is called one, and the consensus is a word of the report's own."""
         if name not in self.report.scores:
             return self.say("consensus")
-        return self.say("baseline", name=name) if name not in views.voters(self.report) else name
+        return self.say("baseline", name=name) if name not in self.report.voters() else name

@@ -10,15 +10,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from layerwise.consensus import DISAGREE, Disagreement
 from layerwise.report import formats
 from layerwise.report.story import Story
-from layerwise.report.views import voters
 from layerwise.result import CompressionResult, Proof
 from layerwise.scores import Status
 from layerwise.target import Target
 
 SENSES = {"<=": "≤", ">=": "≥"}
-AGREE, DISAGREE = 0.7, 0.4  # median rho: "agree" from the first on (its interval above the second), "disagree" below the second
+AGREE = 0.7  # median rho: "agree" from here on (its interval above `DISAGREE`), "disagree" below `DISAGREE`
 SAME_SIZE = 0.995  # a change below half a percent is not called smaller
 NAMED = 3
 
@@ -48,7 +48,7 @@ def verdict(story: Story) -> Verdict:
         parts = [asked(story), *planned(story)]
     else:
         parts = []
-    parts += [agreement(story), *removal(story), *layers(story)]
+    parts += [agreement(story), *disagreements(story), *removal(story), *layers(story)]
     parts += [Statement("info", note) for note in story.report.notes]
     return Verdict(headline(story), tuple(parts))
 
@@ -234,7 +234,24 @@ def agreement(story: Story) -> Statement:
     tone, phrase = ("good", "agree.strong") if firm else ("warn", "agree.part")
     phrase = "agree.weak" if concord.median < DISAGREE else phrase
     rho, low, high = (formats.number(x, 2) for x in (concord.median, concord.low, concord.high))
-    return Statement(tone, story.say(phrase, rho=rho, low=low, high=high, methods=len(voters(story.report))))
+    return Statement(tone, story.say(phrase, rho=rho, low=low, high=high, methods=len(story.report.voters())))
+
+
+def disagreements(story: Story) -> Iterator[Statement]:
+    """Which methods disagree about which layers, the worst pairs by name."""
+    found = story.report.disagreements()
+    for pair in found[:NAMED]:
+        yield Statement("warn", _disagreement(story, pair))
+    if len(found) > NAMED:
+        yield Statement("warn", story.say("disagree.more", more=len(found) - NAMED))
+
+
+def _disagreement(story: Story, pair: Disagreement) -> str:
+    say = story.say
+    named = [say("disagree.layer", layer=formats.label(c.layer, 48), a=c.first, b=c.second) for c in pair.contested]
+    rho = formats.number(pair.rho, 2)
+    first, second = story.method(pair.first), story.method(pair.second)
+    return say("disagree.pair", first=first, second=second, rho=rho, layers=pair.layers, names=say("comma").join(named))
 
 
 def removal(story: Story) -> Iterator[Statement]:

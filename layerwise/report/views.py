@@ -86,16 +86,10 @@ class Pareto:
         return best
 
 
-def voters(report: ImportanceReport) -> dict[str, Scores]:
-    """The methods that count: not the baselines, unless nothing else was run."""
-    chosen = {name: s for name, s in report.scores.items() if not s.settings.get("baseline")}
-    return chosen or dict(report.scores)
-
-
 def heatmap(report: ImportanceReport) -> Heatmap:
     """Every layer against every method, with the consensus last where at least two methods vote."""
     columns = dict(report.scores)
-    if len(voters(report)) > 1 and CONSENSUS not in columns:
+    if len(report.voters()) > 1 and CONSENSUS not in columns:
         columns[CONSENSUS] = report.consensus()
     layers = tuple(layer.name for layer in report.layers)
     cells = [_cells(scores, layers) for scores in columns.values()]
@@ -116,7 +110,7 @@ def _cells(scores: Scores, layers: Iterable[str]) -> list[Cell]:
 def concord(report: ImportanceReport) -> Concord:
     """Agreement of each pair, least first, and the median over voting methods with a bootstrap interval over layers."""
     pairs = sorted(report.agreement(), key=lambda p: (math.isnan(p.rho), p.rho))
-    voting = voters(report)
+    voting = report.voters()
     finite = [p for p in pairs if math.isfinite(p.rho) and p.first in voting and p.second in voting]
     median, low, high = _median(pd.DataFrame({name: dict(s) for name, s in voting.items()}), report.seed)
     return Concord(tuple(pairs), tuple(finite[:DRAWN_PAIRS]), tuple(report.scores), median, low, high)

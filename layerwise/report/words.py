@@ -71,6 +71,9 @@ ENGLISH = {
         "Do not trust a ranking by one of them alone."
     ),
     "agree.none": "The agreement of methods is unknown: fewer than two methods have scores to compare.",
+    "disagree.pair": "{first} and {second} disagree (ρ = {rho} over {layers} layers), most about {names}.",
+    "disagree.layer": "{layer} (rank {a} against {b})",
+    "disagree.more": "So do {more} more pairs of methods.",
     "layers.top": "Most important by consensus: {names}.",
     "layers.low": "Least important by consensus: {names}.",
     "layers.caveat": (
@@ -275,6 +278,9 @@ CHINESE = {
         "各重要性方法不一致：{methods} 种方法两两 ρ 的中位数为 {rho}（95 % 区间 {low} … {high}）。请勿只相信其中一种方法的排名。"
     ),
     "agree.none": "方法之间的一致程度未知：可供比较的方法少于两种。",
+    "disagree.pair": "{first} 与 {second} 不一致（{layers} 层，ρ = {rho}），分歧最大的是：{names}。",
+    "disagree.layer": "{layer}（排名 {a} 对 {b}）",
+    "disagree.more": "另有 {more} 对方法不一致。",
     "layers.top": "综合来看最重要的层：{names}。",
     "layers.low": "综合来看最不重要的层：{names}。",
     "layers.caveat": "分数低说明可以尝试移除该层，但不能证明它可以移除：只有测量裁剪后的模型才能知道。",

@@ -137,6 +137,16 @@ def test_agreement_in_words(noise: float, said: str, tone: str) -> None:
     assert tones(found, said) == [tone]
 
 
+def test_methods_that_disagree_are_named_with_their_layers_in_both_languages() -> None:
+    base = factory.report(layers=8, methods=2, noise=0.0)
+    turned = {n: replace(e, value=-e.value) for n, e in base.scores["method_1"].entries.items()}
+    base = replace(base, scores={**base.scores, "method_1": replace(base.scores["method_1"], entries=turned)})
+    said = "method_0 and method_1 disagree (ρ = −1 over 8 layers), most about encoder.layer.0 (rank 1 against 8)"
+    assert tones(told(report=base), said) == ["warn"]
+    assert tones(told("zh", report=base), "method_0 与 method_1 不一致（8 层，ρ = −1），分歧最大的是") == ["warn"]
+    assert tones(told(report=factory.report(methods=2, noise=0.0)), "method_0 and") == []
+
+
 def test_one_method_has_nothing_to_agree_with() -> None:
     assert tones(told(report=factory.report(methods=1)), "The agreement of methods is unknown") == ["warn"]
 
