@@ -26,6 +26,7 @@ from layerwise.registry import Registry
 from layerwise.scores import LayerScore, Scores
 
 if TYPE_CHECKING:
+    from layerwise.attention_maps import AttentionCall
     from layerwise.data import Data
     from layerwise.model import UniversalModel
     from layerwise.replay import Replay
@@ -39,6 +40,7 @@ class Signal(Enum):
 
     ACTIVATIONS = "activations"  # the stream entering and leaving each layer
     GRADIENTS = "gradients"  # and d(sum of losses)/d(leaving)
+    ATTENTION = "attention"  # each call of attention, in the backward pass if GRADIENTS are needed as well
     SAMPLE_GRADIENTS = "sample_gradients"  # each sample's gradient of each parameter, one parameter at a time
 
 
@@ -54,6 +56,9 @@ class Statistic(ABC):
 
     def sample_gradient(self, layer: int, parameter: Tensor, gradient: Tensor) -> None:
         """The gradient of one parameter for each sample, (samples, *parameter.shape); called during the backward pass."""
+
+    def attention(self, layer: int, call: AttentionCall) -> None:
+        """One call of attention in the layer, to be reduced at once: `call` holds what the model is about to let go of."""
 
     def probe(self, replay: Replay) -> None:
         """One batch's replay, for statistics that intervene."""
@@ -85,6 +90,7 @@ class ImportanceAnalyzer(ABC):
     method: ClassVar[str]
     unit: ClassVar[str]
     baseline: ClassVar[bool] = False  # a yardstick that has no vote in the consensus
+    asks: ClassVar[frozenset[str]] = frozenset()  # of "attention": without it a layer is not applicable
     sees: ClassVar[frozenset[str]] = frozenset()  # of "dead", "vital": planted layers that it must find
 
     @abstractmethod

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from layerwise import trees
 from layerwise.analyzer import Signal, Statistic
+from layerwise.attention_maps import AttentionCall, Emit, attention_watched
 from layerwise.counts import Counts
 from layerwise.data import Batch
 from layerwise.model import UniversalModel
@@ -67,6 +68,18 @@ class Sweep:
 
         self.gradients = SampleGradients(model.module, model.layers, emit) if receivers else None
         self._attribution_checked = False
+        self._checking = False
+        attending = [s for s in statistics if Signal.ATTENTION in s.needs]
+        self.now = self._attention([s for s in attending if Signal.GRADIENTS not in s.needs])
+        self.later = self._attention([s for s in attending if Signal.GRADIENTS in s.needs])
+
+    def _attention(self, receivers: Sequence[Statistic]) -> Emit | None:
+        def emit(layer: int, call: AttentionCall) -> None:
+            if not self._checking:
+                for statistic in receivers:
+                    statistic.attention(layer, call)
+
+        return emit if receivers else None
 
     def batch(self, batch: Batch, seed: int, first: int = 0) -> None:
         """Feeds one batch, whose first sample has the number `first`. `seed` draws the answers of tasks without labels."""
@@ -75,6 +88,8 @@ class Sweep:
         with ExitStack() as stack:
             self._enter(stack, backward)
             seen = stack.enter_context(watched(self.model, batch, backward))
+            if self.now or self.later:
+                stack.enter_context(attention_watched(self.model.layers, batch.size, self.now, self.later))
             if self.gradients is not None:
                 stack.enter_context(self.gradients.attached(batch.size))
             output = self._forward(batch)
@@ -106,7 +121,11 @@ class Sweep:
         if not losses.requires_grad:
             return  # no layer's stream reaches the output: every gradient stays None, and the scores say so
         if self.gradients is not None and not self._attribution_checked and losses.numel() > 1:
-            self.gradients.check_attribution(losses)
+            self._checking = True  # one sample's gradient, which is no observation
+            try:
+                self.gradients.check_attribution(losses)
+            finally:
+                self._checking = False
             seen.gradients[:] = [None] * len(seen.gradients)  # those were of one sample's loss
             self.counts.backwards += 1
             self._attribution_checked = True

@@ -132,13 +132,28 @@ class Residual(nn.Module):
         return x + self.down(torch.relu(self.up(x)))
 
 
+class Attending(nn.Module):
+    """x + W₂ attention(W₁ x), with two heads between the features."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 3 * width)
+        self.down = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.up(x).reshape(len(x), 3, 2, -1, 1).unbind(1)
+        return x + self.down(nn.functional.scaled_dot_product_attention(query, key, value).flatten(1))
+
+
 class ResidualNet(nn.Module):
     """`depth` residual blocks between a stem and a head."""
+
+    block: type[nn.Module] = Residual
 
     def __init__(self, depth: int = 4, width: int = 8, classes: int = 3) -> None:
         super().__init__()
         self.stem = nn.Linear(width, width)
-        self.blocks = nn.ModuleList(Residual(width) for _ in range(depth))
+        self.blocks = nn.ModuleList(self.block(width) for _ in range(depth))
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,6 +161,12 @@ class ResidualNet(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x)
+
+
+class AttendingNet(ResidualNet):
+    """The same with attention in each block."""
+
+    block = Attending
 
 
 CASES: dict[str, Case] = {
@@ -162,5 +183,6 @@ CASES: dict[str, Case] = {
     "albert": Case(albert, tokens(), 1, 1),
     "sequential": Case(plain, vectors(), 3, 2),
     "residual": Case(ResidualNet, vectors(), 4, 4),
+    "attending": Case(AttendingNet, vectors(), 4, 4),
     "encoder": Case(encoder, vectors(64, 16), 3, 3),
 }

@@ -15,7 +15,7 @@ from layerwise.model import UniversalModel
 from layerwise.observe import observe
 from layerwise.scores import Status
 from layerwise.task import Classification, Fidelity
-from tests.models import CASES, ResidualNet, vectors
+from tests.models import CASES, AttendingNet, Case, ResidualNet, vectors
 from tests.replicas import same_state, state_of
 
 NAMES = sorted(ANALYZERS)
@@ -23,6 +23,17 @@ OBSERVING = [name for name in NAMES if ANALYZERS[name]().statistic(CASES["residu
 CLAIMS = [(name, kind) for name in NAMES for kind in sorted(ANALYZERS[name].sees)]
 RANKS = {"dead": 5, "vital": 1}  # of five
 SUBJECTS = ["vit", "resnet", "bert", "t5", "sequential", "albert"]
+HOLDS = {name: frozenset({"attention"}) for name in ("vit", "bert", "t5", "albert")}  # what a method may ask of a subject
+NETS: dict[frozenset[str], type[ResidualNet]] = {frozenset(): ResidualNet, frozenset({"attention"}): AttendingNet}
+
+
+def net_for(name: str) -> type[ResidualNet]:
+    """A residual net that has what the analyzer asks for."""
+    return NETS[ANALYZERS[name].asks]
+
+
+def case_for(name: str) -> Case:
+    return CASES["attending" if ANALYZERS[name].asks else "residual"]
 
 
 @pytest.fixture(params=NAMES)
@@ -39,7 +50,12 @@ def test_keys_are_the_layers_in_order_and_scores_are_finite_or_explained(analyze
     for entry in scores.entries.values():
         assert math.isfinite(entry.value) == (entry.status is Status.OK)
         assert bool(entry.reason) == (entry.status is not Status.OK)
-    assert scores.usable(), "not one layer has a score"
+    lacking = analyzer.asks - HOLDS.get(subject, frozenset())
+    if lacking:
+        assert {e.status for e in scores.entries.values()} == {Status.NOT_APPLICABLE}
+        assert all(word in e.reason for e in scores.entries.values() for word in lacking)
+    else:
+        assert scores.usable(), "not one layer has a score"
     assert scores.unit
     assert scores.method == analyzer.get_method_name()
 
@@ -63,7 +79,7 @@ def test_nothing_is_touched(analyzer: ImportanceAnalyzer) -> None:
 
 @pytest.mark.parametrize("name", OBSERVING)
 def test_nothing_is_left_after_an_error(name: str) -> None:
-    class Trap(ResidualNet):
+    class Trap(net_for(name)):  # type: ignore[misc]
         armed = False
 
         def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +102,7 @@ def test_nothing_is_left_after_an_error(name: str) -> None:
 @pytest.mark.parametrize("name", OBSERVING)
 def test_merged_shards_equal_one_pass(name: str) -> None:
     analyzer = ANALYZERS[name]()
-    case = CASES["residual"]
+    case = case_for(name)
     model = case.model(Classification())
     whole, left, right = (analyzer.statistic(model) for _ in range(3))
     batches = [case.batch(5), case.batch(6)]
@@ -102,7 +118,7 @@ def test_merged_shards_equal_one_pass(name: str) -> None:
 @pytest.mark.parametrize("name", OBSERVING)
 def test_a_saved_state_is_the_same_state(name: str) -> None:
     analyzer = ANALYZERS[name]()
-    case = CASES["residual"]
+    case = case_for(name)
     model = case.model(Classification())
     fed, loaded = analyzer.statistic(model), analyzer.statistic(model)
     observe(model, case.data(), {"x": fed})
@@ -110,10 +126,10 @@ def test_a_saved_state_is_the_same_state(name: str) -> None:
     assert str(analyzer.finish(model, fed, 0).entries) == str(analyzer.finish(model, loaded, 0).entries)
 
 
-def planted(kind: str) -> tuple[UniversalModel, Data]:
+def planted(name: str, kind: str) -> tuple[UniversalModel, Data]:
     """A residual net in which one block does nothing (``dead``) or does the work (``vital``): block 2 of 5."""
     torch.manual_seed(1)
-    net = ResidualNet(depth=5, width=8, classes=4)
+    net = net_for(name)(depth=5, width=8, classes=4)
     for block in net.blocks:
         block.down.weight.data *= 0.3
         block.down.bias.data.zero_()
@@ -131,7 +147,7 @@ def planted(kind: str) -> tuple[UniversalModel, Data]:
 
 @pytest.mark.parametrize(("name", "kind"), CLAIMS)
 def test_a_planted_layer_is_found_by_those_who_claim_to_see_it(name: str, kind: str) -> None:
-    model, data = planted(kind)
+    model, data = planted(name, kind)
     assert ANALYZERS[name]().analyze(model, data).ranks()["blocks.2"] == RANKS[kind]
 
 
@@ -140,14 +156,14 @@ def test_somebody_claims_each_kind() -> None:
 
 
 def test_without_labels_every_analyzer_still_works(analyzer: ImportanceAnalyzer) -> None:
-    model, data = planted("vital")
+    model, data = planted(analyzer.method, "vital")
     scores = analyzer.analyze(model, data)
     assert len(scores.usable()) == 5
     assert max(scores.values()) > 0
 
 
 def test_a_layer_that_no_gradient_reaches_is_not_scored_zero(analyzer: ImportanceAnalyzer) -> None:
-    class Detached(ResidualNet):
+    class Detached(net_for(analyzer.method)):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Tensor:
             x = self.blocks[0](self.stem(x))
             x = self.blocks[1](x)
@@ -155,7 +171,7 @@ def test_a_layer_that_no_gradient_reaches_is_not_scored_zero(analyzer: Importanc
 
     model = UniversalModel(Detached(), task=Classification(), example=vectors()(2))
     scores = analyzer.analyze(model, Data.of([vectors()(6)]))
-    if analyzer.method in {"fisher_information", "gradient_based"}:
+    if analyzer.method in {"fisher_information", "gradient_based", "attention_analysis"}:
         assert scores.entries["blocks.0"].status is Status.NOT_APPLICABLE
         assert "no gradient" in scores.entries["blocks.0"].reason
     else:
