@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from layerwise import trees
 from layerwise.structure import Layer
@@ -47,3 +47,18 @@ def skip(layer: Layer) -> Replacement:
         return trees.replaced(forward(*args, **kwargs), stream.leaves, entering)
 
     return passed_on
+
+
+def altering(layer: Layer, change: Callable[[Tensor], Tensor]) -> Replacement:
+    """What the layer adds to its stream becomes `change` of it; where it changes the stream's shape, what leaves does."""
+    stream = layer.stream
+    assert stream is not None, layer.name
+
+    def altered(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        entering = trees.get((args, kwargs), stream.enters).clone()  # the block may write into its input
+        output = forward(*args, **kwargs)
+        leaving = trees.get(output, stream.leaves)
+        new = entering + change(leaving - entering) if layer.skippable else change(leaving)
+        return trees.replaced(output, stream.leaves, new)
+
+    return altered
