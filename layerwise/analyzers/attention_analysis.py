@@ -227,10 +227,10 @@ class AttentionAnalyzer(ImportanceAnalyzer):
 
     References
     ----------
-    Chefer, Gur, Wolf (2021), "Transformer interpretability beyond attention visualization" (gradient times attention; there the
-    positive part, as a picture); Michel, Levy, Neubig (2019), "Are sixteen heads really better than one?" (there normalised per
-    layer, which would make layers incomparable); Abnar, Zuidema (2020), "Quantifying attention flow in transformers" (that a
-    layer counts by how much it changes the rollout is our reading).
+    Chefer, Gur, Wolf (2021), "Generic attention-model explainability for interpreting bi-modal and encoder-decoder transformers"
+    (gradient times attention; there the positive part, averaged over heads, as a picture); Michel, Levy, Neubig (2019), "Are
+    sixteen heads really better than one?" (there normalised per layer, which would make layers incomparable); Abnar, Zuidema
+    (2020), "Quantifying attention flow in transformers" (that a layer counts by how much it changes the rollout is our reading).
     """
 
     method: ClassVar[str] = "attention_analysis"

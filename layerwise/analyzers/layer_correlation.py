@@ -1,9 +1,9 @@
-"""How much a layer changes its stream: block influence, or one minus the CKA of what enters and what leaves."""
+"""How much a layer changes its stream: block influence, angular distance, or 1 − CKA of what enters and what leaves."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -19,16 +19,32 @@ from layerwise.statistics import MomentsStatistic
 from layerwise.sweep import Seen
 from layerwise.task import cosine_distance, token_mask
 
-MEASURES = ("block_influence", "cka")
+MEASURES = ("block_influence", "angular", "cka")
+TOKENS = ("all", "last")
+
+
+def angle(distance: Tensor) -> Tensor:
+    """The angle whose 1 − cos is `distance`, over π; by the half angle, since arccos near 1 loses half of the digits."""
+    return torch.asin((distance / 2).clamp_max(1.0).sqrt()) * (2 / math.pi)
+
+
+OF_DISTANCE: dict[str, Callable[[Tensor], Tensor]] = {"block_influence": lambda distance: distance, "angular": angle}
+
+
+def last_only(keep: Tensor) -> Tensor:
+    """Of a mask (samples, positions) each row's last kept position."""
+    return keep & (keep.flip(1).cumsum(1).flip(1) == 1)
 
 
 class BlockInfluence(MomentsStatistic):
-    """Per sample: Σ over positions of 1 − cos(entering, leaving), weighted by the number of positions."""
+    """Per sample: Σ over positions of 1 − cos(entering, leaving), or of their angle, weighted by the number of positions."""
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.ACTIVATIONS})
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, measure: str = "block_influence", tokens: str = "all") -> None:
         super().__init__(Moments(layers))
+        self.value = OF_DISTANCE[measure]
+        self.tokens = tokens
 
     def observe(self, seen: Seen) -> None:
         for layer in seen.layers:
@@ -37,8 +53,9 @@ class BlockInfluence(MomentsStatistic):
                 continue
             x, y = positions(entering), positions(leaving)
             distance = cosine_distance(x, y)
-            keep = token_mask(seen.batch, distance).double()
-            self.moments.add_(layer.index, (distance * keep).sum(1), keep.sum(1))
+            mask = token_mask(seen.batch, distance)
+            keep = (mask if self.tokens == "all" else last_only(mask)).double()
+            self.moments.add_(layer.index, (self.value(distance) * keep).sum(1), keep.sum(1))
 
 
 def positions(stream: Tensor) -> Tensor:
@@ -133,27 +150,41 @@ class LayerCorrelationAnalyzer(ImportanceAnalyzer):
     Parameters
     ----------
     measure
-        ``block_influence``: mean over tokens of 1 − cos (default; for layers that keep the shape); ``cka``: 1 − linear CKA from
-        unbiased minibatch HSIC, defined for any shapes, dependent on the batch size only through its variance.
+        ``block_influence``: mean over tokens of 1 − cos (default; for layers that keep the shape); ``angular``: mean of
+        arccos(cos) / π, which grows with small turns and not with their square; ``cka``: 1 − linear CKA from unbiased minibatch
+        HSIC, defined for any shapes, dependent on the batch size only through its variance.
+    tokens
+        ``all`` (default), or ``last``: only the last token of each sample that is no padding. For the first two measures.
 
     References
     ----------
-    Men et al. (2024), "ShortGPT"; Kornblith et al. (2019), "Similarity of neural network representations revisited"; Nguyen,
-    Raghu, Kornblith (2021), "Do wide and deep networks learn the same things?" (minibatch CKA).
+    Men et al. (2024), "ShortGPT"; Gromov et al. (2024), "The unreasonable ineffectiveness of the deeper layers" (angular distance
+    of the last token; there over spans of layers, here over one layer); Kornblith et al. (2019), "Similarity of neural network
+    representations revisited"; Nguyen, Raghu, Kornblith (2021), "Do wide and deep networks learn the same things?" (minibatch
+    CKA).
     """
 
     method: ClassVar[str] = "layer_correlation"
     unit: ClassVar[str] = "1 − similarity"
     sees: ClassVar[frozenset[str]] = frozenset({"dead", "vital"})
 
-    measure: Literal["block_influence", "cka"] = "block_influence"
+    measure: Literal["block_influence", "angular", "cka"] = "block_influence"
+    tokens: Literal["all", "last"] = "all"
 
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
             raise UsageError(f"Unknown measure {self.measure!r} of layer_correlation.", remedy=nearest(self.measure, MEASURES))
+        if self.tokens not in TOKENS:
+            raise UsageError(f"Unknown tokens {self.tokens!r} of layer_correlation.", remedy=nearest(self.tokens, TOKENS))
+        if self.tokens == "last" and self.measure == "cka":
+            raise UsageError("cka compares whole samples.", remedy="Use tokens='all', or measure='angular'.")
+
+    def measured_in(self) -> str:
+        return "angle / π" if self.measure == "angular" else self.unit
 
     def statistic(self, model: UniversalModel) -> Statistic:
-        return MinibatchCKA(len(model.layers)) if self.measure == "cka" else BlockInfluence(len(model.layers))
+        layers = len(model.layers)
+        return MinibatchCKA(layers) if self.measure == "cka" else BlockInfluence(layers, self.measure, self.tokens)
 
     def score(self, model: UniversalModel, statistic: BlockInfluence | MinibatchCKA) -> Mapping[str, LayerScore]:
         if isinstance(statistic, MinibatchCKA):

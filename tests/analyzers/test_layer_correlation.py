@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from layerwise.analyzers.layer_correlation import LayerCorrelationAnalyzer, gram, positions, unbiased_hsic
+from layerwise.analyzers.layer_correlation import LayerCorrelationAnalyzer, angle, gram, positions, unbiased_hsic
 from layerwise.data import Batch, Data
+from layerwise.errors import UsageError
 from layerwise.model import UniversalModel
 from layerwise.scores import Status
 from layerwise.task import Classification
@@ -89,6 +91,40 @@ def test_block_influence_of_an_identity_block_is_0_and_of_a_turn_is_its_angle() 
     model = UniversalModel(net, task=Classification(), example=Batch((x,)))
     scores = LayerCorrelationAnalyzer().analyze(model, Data.of([x]))
     assert [scores[str(i)] for i in range(3)] == pytest.approx([0.0, 1 - math.cos(0.5), 1.0], abs=1e-12)
+    angles = LayerCorrelationAnalyzer(measure="angular").analyze(model, Data.of([x]))
+    assert [angles[str(i)] for i in range(3)] == pytest.approx([0.0, 0.5 / math.pi, 0.5], abs=1e-12)
+    assert angles.unit == "angle / π"
+
+
+def test_the_angle_keeps_its_digits_where_the_cosine_is_nearly_1() -> None:
+    distance = torch.tensor([0.0, 1 - math.cos(1e-4), 2.0, 2.0 + 1e-15], dtype=torch.float64)
+    assert angle(distance).tolist() == pytest.approx([0.0, 1e-4 / math.pi, 1.0, 1.0], rel=1e-7)
+
+
+@pytest.mark.parametrize("measure", ["block_influence", "angular"])
+@pytest.mark.parametrize("tokens", ["all", "last"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_measures_of_positions_equal_the_loop_over_tokens(measure: Any, tokens: Any, side: str) -> None:
+    case = CASES["bert"]
+    model, batch = case.model(Classification()), case.batch(4)
+    if side == "left":
+        batch.kwargs["attention_mask"] = batch.kwargs["attention_mask"].flip(1)
+    scores = LayerCorrelationAnalyzer(measure=measure, tokens=tokens).analyze(model, Data.of([batch]))
+    with model.capture([x.name for x in model.layers]) as seen:
+        model.predict(batch)
+    for name, (entering, leaving) in seen.items():
+        values = []
+        for x, y, mask in zip(entering.double(), leaving.double(), batch.kwargs["attention_mask"], strict=True):
+            kept = [i for i in range(len(mask)) if mask[i]]
+            for i in kept if tokens == "all" else kept[-1:]:
+                cos = float(x[i] @ y[i] / (x[i].norm() * y[i].norm()))
+                values.append(1 - cos if measure == "block_influence" else math.acos(cos) / math.pi)
+        assert scores[name] == pytest.approx(sum(values) / len(values), rel=1e-9)
+
+
+def test_cka_has_no_last_token() -> None:
+    with pytest.raises(UsageError, match="angular"):
+        LayerCorrelationAnalyzer(measure="cka", tokens="last")
 
 
 def test_padding_does_not_count() -> None:
