@@ -69,6 +69,7 @@ class RunConfig(BaseModel):
     compress_methods: Names = Field(default=("auto",), description="ways to compress that the planner may use, with commas")
     export: Names = Field(default=(), description="artifacts to write, with commas, such as model.onnx")
     device: str | None = Field(default=None, description="cpu, cuda, cuda:0, mps (default: cpu)")
+    executor: str = Field(default="local", description="who runs the batches: local, ray, or ray:N with N worker processes")
     seed: int = Field(default=0, ge=0, le=LARGEST, description="the seed of everything random")
     out: str | None = Field(default=None, description="the file or folder to write")
     lang: Literal["en", "zh"] = Field(default="en", description="the language of the report: en or zh")

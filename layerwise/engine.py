@@ -45,6 +45,7 @@ def analyze(
     seed: int = 0,
     progress: Progress | None = None,
     checkpoint: Path | None = None,
+    executor: str = "local",
 ) -> ImportanceReport:
     """Scores every layer of `model` by every method in one pass over `data`, and measures the removal curve of their consensus.
 
@@ -56,6 +57,8 @@ def analyze(
         Batches in any accepted form; None is enough for methods that read weights only.
     checkpoint
         A folder in which the state is saved every few seconds and from which it resumes to the same bits.
+    executor
+        ``local``, or ``ray`` / ``ray:N`` to share the batches between N worker processes; the scores are the same to the bit.
 
     Raises
     ------
@@ -74,7 +77,7 @@ def analyze(
         raise UsageError(f"{', '.join(fed)} need data.", remedy="Pass batches, or only methods that read weights.")
     seen = Observation.empty()
     if fed and batches is not None:
-        seen = observe(model, batches, fed, seed=seed, progress=progress, checkpoint=checkpoint)
+        seen = observe(model, batches, fed, seed=seed, progress=progress, checkpoint=checkpoint, executor=executor)
     scores = {name: a.finish(model, statistics[name], seen.cost_of(statistics[name], name)) for name, a in analyzers.items()}
     report = _report(model, batches, scores, seed, seen)
     return report if batches is None else _with_curve(report, model, batches, progress)

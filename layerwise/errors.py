@@ -21,6 +21,7 @@
     └── RunError                   LW-R     4    the machine, not the input
         ├── OutOfMemory            LW-R01   4
         ├── DiskFull               LW-R02   4
+        ├── WorkerLost             LW-R13   4    a worker process died again and again
         ├── OutputBusy             LW-R23   4    another run writes to the same place
         └── CorruptRun             LW-R11   4    a saved run does not match its manifest
 """
@@ -125,6 +126,10 @@ class OutOfMemory(RunError):
 
 class DiskFull(RunError):
     code = "LW-R02"
+
+
+class WorkerLost(RunError):
+    code = "LW-R13"
 
 
 class OutputBusy(RunError):

@@ -34,6 +34,8 @@ class Replay:
         self.counts = counts if counts is not None else Counts()
         self.calls: list[tuple[Layer, Any]] = []  # every layer call of the unchanged run and what it gave
         self.output = self.run({layer.index: self._remember(layer) for layer in model.layers})
+        if model.task is not None:
+            model.task.check(batch, self.output)
 
     def skipping(self, layers: Iterable[Layer]) -> Tensor:
         """The output when these layers pass their input on."""

@@ -223,7 +223,13 @@ def _work(walk: Walk, stage: Stage, key: str) -> None:
 def _analyze(walk: Walk, progress: Progress) -> None:
     c = walk.config
     report = engine.analyze(
-        walk.model, walk.data, methods_of(c.methods), seed=c.seed, progress=progress, checkpoint=walk.checkpoint
+        walk.model,
+        walk.data,
+        methods_of(c.methods),
+        seed=c.seed,
+        progress=progress,
+        checkpoint=walk.checkpoint,
+        executor=c.executor,
     )
     for remark in report.notes:
         walk.listener.note(remark)

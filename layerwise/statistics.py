@@ -27,7 +27,7 @@ class MomentsStatistic(Statistic):
         return {"moments": self.moments.sums}
 
     def load_(self, state: Mapping[str, Tensor]) -> None:
-        self.moments.sums = state["moments"]
+        self.moments = Moments(self.moments.layers, state["moments"])
 
     @property
     def samples(self) -> int:

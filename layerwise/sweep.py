@@ -83,7 +83,7 @@ class Sweep:
 
     def batch(self, batch: Batch, seed: int, first: int = 0) -> None:
         """Feeds one batch, whose first sample has the number `first`. `seed` draws the answers of tasks without labels."""
-        batch = batch.to(self.model.device)
+        host, batch = batch, batch.to(self.model.device)
         backward = bool(self.needs & {Signal.GRADIENTS, Signal.SAMPLE_GRADIENTS})
         with ExitStack() as stack:
             self._enter(stack, backward)
@@ -93,6 +93,8 @@ class Sweep:
             if self.gradients is not None:
                 stack.enter_context(self.gradients.attached(batch.size))
             output = self._forward(batch)
+            if self.model.task is not None:
+                self.model.task.check(host, output)
             if backward:
                 self._backward(output, batch, seed, seen)
         if self.gradients is not None and self.gradients.loop:

@@ -46,6 +46,9 @@ class Task(ABC):
         """The loss per sample: values and weights, each (samples,)."""
         return self.figures(output, batch, reference)["loss"]
 
+    def check(self, batch: Batch, output: Tensor) -> None:
+        """Raises `DataError` where the labels of `batch`, still on the host, cannot belong to `output`."""
+
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:
         """Metrics that are functions of means, such as the perplexity."""
         return {}
@@ -69,6 +72,10 @@ class Classification(Task):
     def likelihood(self, output: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
         return F.cross_entropy(output.float(), self._labels(output, batch), reduction="none")
 
+    def check(self, batch: Batch, output: Tensor) -> None:
+        if isinstance(batch.labels, Tensor) and batch.labels.device.type == "cpu" and output.dim() == 2:
+            check_classes(batch.labels, output.shape[1])
+
     @staticmethod
     def _labels(output: Tensor, batch: Batch) -> Tensor:
         if batch.labels is None:
@@ -79,15 +86,21 @@ class Classification(Task):
                 f"Classification needs outputs (samples, classes) and labels (samples,), got {tuple(output.shape)} and "
                 f"{tuple(labels.shape)}."
             )
-        wrong = (labels < 0) | (labels >= output.shape[1])
-        if bool(wrong.any()):
-            row = int(wrong.nonzero()[0])
-            raise DataError(
-                f"Label {int(labels[row])} in row {row} of the batch lies outside the model's {output.shape[1]} classes.",
-                remedy="Check the label column, or the number of classes the model was built with.",
-                code="LW-D34",
-            )
+        if labels.device.type == "cpu":  # on a GPU asking would make every batch wait: there the engine asks before the copy
+            check_classes(labels, output.shape[1])
         return labels
+
+
+def check_classes(labels: Tensor, classes: int) -> None:
+    """Raises `DataError` (LW-D34) with the row of the first label that is not one of 0 … classes − 1."""
+    wrong = (labels < 0) | (labels >= classes)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise DataError(
+            f"Label {int(labels[row])} in row {row} of the batch lies outside the model's {classes} classes.",
+            remedy="Check the label column, or the number of classes the model was built with.",
+            code="LW-D34",
+        )
 
 
 @dataclass(frozen=True)
@@ -167,10 +180,16 @@ class Fidelity(Task):
             noise = torch.randn(unit.shape, generator=generator).to(output.device)
             return (_rows((unit * noise).sum(-1)) * keep).sum(-1)
         logits = output.float()
-        flat = logits.detach().softmax(-1).reshape(-1, logits.shape[-1]).cpu()
-        drawn = torch.multinomial(flat, 1, generator=generator).reshape(logits.shape[:-1]).to(output.device)
-        nll = -logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
+        nll = -logits.log_softmax(-1).gather(-1, drawn_classes(logits.detach(), generator)[..., None])[..., 0]
         return (_rows(nll) * keep).sum(-1)
+
+
+def drawn_classes(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One class per row of logits (…, C), drawn by inverting the distribution function: only the uniform numbers are copied."""
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    uniform = torch.rand((*logits.shape[:-1], 1), generator=generator, dtype=torch.float64).to(logits.device, non_blocking=True)
+    found = torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True)
+    return found.squeeze(-1).clamp_max(logits.shape[-1] - 1)
 
 
 TASKS: dict[str, type[Task]] = {cls.name: cls for cls in (Classification, LanguageModelling, Fidelity)}

@@ -24,6 +24,7 @@ from layerwise.cli import main
 from layerwise.cli.stopping import Stopped
 from layerwise.config import RunConfig, load_config
 from layerwise.errors import CorruptRun, LayerwiseError, OutputBusy, ProofFailed, TargetMissed, UsageError
+from layerwise.feeding import Feeder
 from layerwise.files import output_lock, verify_manifest
 from layerwise.proofs import prove
 from layerwise.result import Proof
@@ -177,8 +178,8 @@ def test_resuming_goes_on_from_the_last_batch(project: Project, monkeypatch: pyt
     with pytest.raises(Stopped):
         walk.run(settings(project), listener=Notes(4, interrupt))
     fed: list[int] = []
-    feed = observe._Pass.feed
-    monkeypatch.setattr(observe._Pass, "feed", lambda self, batch, seed: (fed.append(batch.size), feed(self, batch, seed)))
+    feed = Feeder.feed
+    monkeypatch.setattr(Feeder, "feed", lambda self, index: (fed.append(index), feed(self, index)))
     walk.run(settings(project), resume=True)
     assert len(fed) == 10 - 4
 

@@ -82,11 +82,11 @@ def test_a_label_outside_the_classes_names_its_row(label: int, row: int) -> None
 
 
 def test_the_drawn_answer_follows_the_models_own_distribution() -> None:
-    logits = torch.tensor([[2.0, 0.0, -1.0]]).repeat(20_000, 1)
+    logits = torch.tensor([[2.0, 0.0, -1.0]]).repeat(400_000, 1)
     nll = Fidelity().likelihood(logits, Batch((logits,)), torch.Generator().manual_seed(0))
     p = logits[0].softmax(-1)
     entropy = float(-(p * p.log()).sum())
-    assert float(nll.mean()) == pytest.approx(entropy, rel=0.02)
+    assert float(nll.mean()) == pytest.approx(entropy, rel=0.007)  # four standard errors
 
 
 def test_the_same_seed_draws_the_same_answers() -> None:

@@ -16,7 +16,7 @@ DATA = (
 KEYS = (*MODEL, *DATA)
 
 
-@verb(*KEYS, "methods", "timeout", "force", needs=("model",))
+@verb(*KEYS, "methods", "executor", "timeout", "force", needs=("model",))
 def command(config: RunConfig, screen: Screen) -> None:
     """Without --data only methods that read weights can be used. --out FILE.json keeps the report for `plan`."""
     from layerwise import engine
@@ -29,7 +29,9 @@ def command(config: RunConfig, screen: Screen) -> None:
     model = open_model(config, screen)
     data = open_data(config, model, screen)
     with screen.progress("Ranking the layers") as progress:
-        report = engine.analyze(model, data, methods_of(config.methods), seed=config.seed, progress=progress)
+        report = engine.analyze(
+            model, data, methods_of(config.methods), seed=config.seed, progress=progress, executor=config.executor
+        )
     if out:
         write_atomic(out, report.to_json() + "\n")
     screen.document(report.to_dict())
