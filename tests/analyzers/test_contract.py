@@ -171,7 +171,7 @@ def test_a_layer_that_no_gradient_reaches_is_not_scored_zero(analyzer: Importanc
 
     model = UniversalModel(Detached(), task=Classification(), example=vectors()(2))
     scores = analyzer.analyze(model, Data.of([vectors()(6)]))
-    if analyzer.method in {"fisher_information", "gradient_based", "attention_analysis"}:
+    if analyzer.method in {"fisher_information", "gradient_based", "attention_analysis", "layer_conductance"}:
         assert scores.entries["blocks.0"].status is Status.NOT_APPLICABLE
         assert "no gradient" in scores.entries["blocks.0"].reason
     else:
