@@ -19,10 +19,11 @@ from layerwise.files import write_atomic
 from layerwise.ranks import spearman, spearman_rows
 from layerwise.registry import Registry
 from layerwise.scores import Scores
+from layerwise.stacking import stacked
 
 FORMAT = 1
 NAMED = 3  # disagreeing pairs that a warning spells out
-How = Literal["borda", "reliability"]
+How = Literal["borda", "reliability", "meta"]
 CONSENSUS: tuple[str, ...] = get_args(How)
 COLUMNS = [
     "layer", "index", "kind", "parameters", "method", "score", "stderr", "rank", "status", "reason", "seconds", "samples",
@@ -114,8 +115,9 @@ class ImportanceReport:
         return pd.DataFrame(rows, columns=COLUMNS).astype({"rank": "Int64"})
 
     def voters(self) -> dict[str, Scores]:
-        """The methods that count: not the baselines (`random`, `depth`, …), unless nothing else was run."""
-        return {m: s for m, s in self.scores.items() if not s.settings.get("baseline")} or dict(self.scores)
+        """The methods that count: not what is combined from other methods, nor baselines, unless nothing else was run."""
+        measures = {m: s for m, s in self.scores.items() if not s.settings.get("baseline")} or dict(self.scores)
+        return {m: s for m, s in measures.items() if not s.settings.get("components")} or measures
 
     def consensus(self, how: How = "borda") -> Scores:
         """The mean over methods of the share of layers ranked below this one (0 … 1), ties counting half.
@@ -126,11 +128,14 @@ class ImportanceReport:
         ----------
         how
             ``borda``: every method counts the same (default). ``reliability``: each counts by how well its ranks survive its own
-            standard errors (`layerwise.consensus.reliability`).
+            standard errors (`layerwise.consensus.reliability`). ``meta``: the stacker of `meta_learning` for skipped layers, from
+            whichever of its methods the report holds.
         """
         voters = self.voters()
         if how not in CONSENSUS:
             raise UsageError(f"Unknown consensus {how!r}.", remedy=nearest(how, CONSENSUS))
+        if how == "meta":
+            return stacked(self.layers, self.scores, voters, "skip")
         weights = dict.fromkeys(voters, 1.0) if how == "borda" else ensembles.reliability_weights(voters, seed=self.seed)
         return ensembles.combined([layer.name for layer in self.layers], voters, weights, how)
 

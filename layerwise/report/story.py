@@ -53,4 +53,5 @@ class Story:
         """A method's name; a baseline is called one, and the consensus is a word of the report's own."""
         if name not in self.report.scores:
             return self.say("consensus")
-        return self.say("baseline", name=name) if name not in self.report.voters() else name
+        baseline = self.report.scores[name].settings.get("baseline")
+        return self.say("baseline", name=name) if baseline and name not in self.report.voters() else name
