@@ -104,3 +104,20 @@ def test_does_not_depend_on_the_batch_size() -> None:
     many = GradientBasedAnalyzer().analyze(model, Data.of([batch.narrow(i, i + 1) for i in range(6)]))
     for name in one:
         assert one[name] == pytest.approx(many[name], rel=1e-5)
+
+
+def test_for_a_quadratic_loss_it_misses_the_removal_by_exactly_half_of_the_curvature() -> None:
+    class Square(Mean):
+        def likelihood(self, output: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+            return 0.5 * (output[:, 0] - batch.labels).square()
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 1, bias=False)).double()
+    x, y = torch.randn(1, 4, dtype=torch.float64), torch.tensor([5.0], dtype=torch.float64)
+    model = UniversalModel(net, task=Square(), example=Batch((x,), {}, y))
+    score = GradientBasedAnalyzer(form="signed").analyze(model, Data.of([(x, y)]))["0"]
+    output = float(net(x))
+    removal = 0.5 * 5.0**2 - 0.5 * (output - 5.0) ** 2
+    first_order = -(output - 5.0) * output  # ⟨g, −w⟩
+    assert score == pytest.approx(abs(first_order), rel=1e-12)
+    assert removal - first_order == pytest.approx(0.5 * output**2, rel=1e-12)  # ½ wᵀHw, with H = xxᵀ
