@@ -139,6 +139,13 @@ class ImportanceAnalyzer(ABC):
 ANALYZERS: Registry[ImportanceAnalyzer] = Registry("analyzer", "layerwise.analyzers")
 
 
+def streamless(layer: Layer) -> str:
+    """Why a method that compares what enters and leaves a layer has no score for this one; '' if it has."""
+    if layer.site is not None:
+        return f"is a part inside {layer.parent}: no stream enters and leaves it"
+    return "" if layer.stream is not None else layer.reason or "has no stream"
+
+
 def unskippable(layer: Layer) -> str:
     """Why a method that skips layers has no score for this one; '' if it has."""
     return "" if layer.skippable else f"cannot be skipped: {layer.reason}"

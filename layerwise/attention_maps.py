@@ -271,6 +271,12 @@ def _inside(watch: _Watch, heads: int) -> Iterator[None]:
         F.scaled_dot_product_attention, F.softmax = fused, softmax
 
 
+def attending(layers: Sequence[Layer]) -> list[Layer]:
+    """Those to which attention calls are counted: the blocks; where only units are looked at, attentions that are a module."""
+    blocks = [x for x in layers if x.site is None]
+    return blocks or [x for x in layers if x.granularity == "sublayer" and x.kind == "attention" and ":" not in x.name]
+
+
 @contextmanager
 def attention_watched(layers: Sequence[Layer], samples: int, now: Emit | None, later: Emit | None) -> Iterator[None]:
     """Inside, each attention call of `layers` is handed to `now` in the forward pass and to `later`, with its gradient, in the

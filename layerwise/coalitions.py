@@ -13,7 +13,7 @@ says, and each output equals that of `Replay.skipping` bit for bit.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -24,13 +24,13 @@ from layerwise.replay import Replay
 from layerwise.structure import Layer
 
 Skipped = frozenset[int]  # indices of layers
+Path = tuple[tuple[int, ...], ...]  # for each block call, the skipped ones of its layers: itself, or units inside
 
 
 def skipping_each(replay: Replay, sets: Iterable[Skipped]) -> Iterator[tuple[Skipped, Tensor]]:
     """(set, output with its layers skipped) for every distinct set, in the order of the walk and not of `sets`."""
-    order = [layer.index for layer, _ in replay.calls]
     walk = _Walk(replay)
-    for path, skipped in sorted((tuple(i in each for i in order), tuple(sorted(each))) for each in set(sets)):
+    for path, skipped in sorted((walk.path_of(each), tuple(sorted(each))) for each in set(sets)):
         yield frozenset(skipped), walk.output(path)
 
 
@@ -40,18 +40,31 @@ class _Walk:
     def __init__(self, replay: Replay) -> None:
         self.replay = replay
         self.outputs: list[tuple[Any] | None] = [(output,) for _, output in replay.calls]
-        self.path: Sequence[bool] = (False,) * len(replay.calls)
+        self.path: Path = ((),) * len(replay.calls)
+        self.inside = {layer.index for layer in replay.model.layers if layer.site is not None}
 
-    def output(self, path: Sequence[bool]) -> Tensor:
-        """The model's output when the calls marked in `path` are skipped."""
+    def path_of(self, skipped: Skipped) -> Path:
+        """The decisions that stand for a set."""
+        layers = self.replay.model.layers
+        by_block: dict[str, list[int]] = {}
+        for index in sorted(skipped):
+            by_block.setdefault(layers[index].parent or layers[index].name, []).append(index)
+        return tuple(tuple(by_block.get(block.name, ())) for block, _ in self.replay.calls)
+
+    def output(self, path: Path) -> Tensor:
+        """The model's output when the layers named in `path` are skipped."""
         shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.path, path, strict=True)))
-        for later in range(shared + 1, len(path)):  # the call that is decided differently still has the same input
+        differs = {*self.path[shared], *path[shared]} if shared < len(path) else set()
+        same_input = 0 if differs & self.inside else 1  # decided differently as a whole, a block would still compute the same
+        for later in range(shared + same_input, len(path)):
             self.outputs[later] = None
         self.path = path
         if not any(path):
             return self.replay.output
         position = iter(range(len(path)))
-        output = self.replay.run({x.index: self._answer(x, position) for x in self.replay.model.layers})
+        units = [self.replay.model.layers[i] for i in sorted(set().union(*path) & self.inside)]
+        answers = {block.name: self._answer(block, position) for block in self.replay.model.blocks}
+        output = self.replay.run(answers, [(unit, skip(unit)) for unit in units])
         if next(position, None) is not None:
             raise self.replay.changed("fewer layers ran than before")
         return output
@@ -67,6 +80,7 @@ class _Walk:
                     self.outputs[at] = (self.replay.call(forward, a, k),)
                 return trees.mapped(self.outputs[at][0], Tensor.clone)  # type: ignore[index]  # filled just above
 
-            return skip(layer)(ours, args, kwargs) if self.path[at] else ours(*args, **kwargs)
+            whole = any(index not in self.inside for index in self.path[at])
+            return skip(layer)(ours, args, kwargs) if whole else ours(*args, **kwargs)
 
         return answer

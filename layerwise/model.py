@@ -17,12 +17,13 @@ from layerwise import trees
 from layerwise.adapter import ModalityAdapter, adapter_for
 from layerwise.data import Batch
 from layerwise.errors import UsageError, UserModelError, nearest
-from layerwise.patching import replacing, skip
+from layerwise.patching import place, replacing, skip
 from layerwise.source import Source
 from layerwise.structure import Layer, read_layers
 from layerwise.task import Task
 from layerwise.tensors import flattened
-from layerwise.trace import evaluating, run
+from layerwise.trace import evaluating, run, unfused
+from layerwise.units import Granularity, read_units
 
 
 class UniversalModel:
@@ -50,6 +51,7 @@ class UniversalModel:
         self.notes: tuple[str, ...] = ()
         self._example = example
         self._layers: list[Layer] | None = None
+        self._units: list[Layer] | None = None
 
     @property
     def domain(self) -> str:
@@ -75,7 +77,7 @@ class UniversalModel:
 
     def read_with(self, example: Batch) -> None:
         """From now on `example` is the batch that the structure is read with; the layers are read afresh."""
-        self._example, self._layers = example, None
+        self._example, self._layers, self._units = example, None, None
 
     def see(self, batch: Batch) -> None:
         """Keeps a few samples of `batch` as the example (if there is none yet) and settles the task."""
@@ -85,11 +87,28 @@ class UniversalModel:
             self.task = self.adapter.default_task(self.module, batch, self.output(self.example))
 
     @property
-    def layers(self) -> list[Layer]:
-        """The layers in the order in which they run, read once."""
+    def blocks(self) -> list[Layer]:
+        """The blocks in the order in which they run, read once."""
         if self._layers is None:
             self._layers = read_layers(self.module, self.example)
         return self._layers
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers in the order in which they run: the blocks, unless this is a view `at` another granularity."""
+        return self.blocks if self._units is None else self._units
+
+    def at(self, granularity: Granularity) -> UniversalModel:
+        """The same module seen at one or several granularities: its `layers` are blocks, sublayers, heads or channels.
+
+        Raises `UsageError` for an unknown granularity and (LW-U77) for one at which the model has no unit; what was not found of
+        it is added to `notes`.
+        """
+        view = self.around(self.module, source=self.source)
+        found = read_units(self.module, self.example, self.blocks, granularity)
+        view._layers, view._units = self.blocks, found.units
+        view.notes = (*self.notes, *found.notes())
+        return view
 
     def get_layers(self) -> list[Layer]:
         """The layers in the order in which they run."""
@@ -171,17 +190,21 @@ class UniversalModel:
         seen: dict[str, tuple[Tensor, Tensor]] = {}
         with ExitStack() as stack:
             for layer in [self.layer(n) for n in names]:
+                if layer.stream is None:
+                    raise UsageError(f"{layer.name} has no stream of its own to capture.", remedy="Capture its block.")
                 stack.enter_context(_recording(layer, seen))
             yield seen
 
     @contextmanager
     def skipping(self, names: Iterable[str]) -> Iterator[None]:
-        """Inside, the named layers pass their input on. Raises `UsageError` for a layer that cannot be skipped."""
+        """Inside, the named layers pass their input on; units add nothing. Raises `UsageError` for one that cannot be skipped."""
         with ExitStack() as stack:
             for layer in [self.layer(n) for n in names]:
                 if not layer.skippable:
                     raise UsageError(f"The layer {layer.name} cannot be skipped: {layer.reason}.")
-                stack.enter_context(replacing(layer.module, skip(layer)))
+                if layer.site is not None:
+                    stack.enter_context(unfused())  # a fused block calls no module inside
+                stack.enter_context(replacing(place(layer), skip(layer)))
             yield
 
     @property

@@ -7,6 +7,7 @@ ratio estimator. The sums live on the device, so that a batch costs no host sync
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,6 +37,14 @@ class Moments:
         if self.sums.device != v.device:
             self.sums = self.sums.to(v.device)
         self.sums[:, layer] += row
+
+    def add_columns_(self, layers: Sequence[int], values: Tensor) -> None:
+        """Adds samples to many layers at once: `layers` are the indices of the columns of `values`, (samples, columns)."""
+        v = values.detach().double()
+        ones, total, squares = torch.full_like(v[0], len(v)), v.sum(0), (v * v).sum(0)
+        if self.sums.device != v.device:
+            self.sums = self.sums.to(v.device)
+        self.sums[:, torch.tensor(layers, device=v.device)] += torch.stack([ones, ones, total, squares, total, ones])
 
     def merge_(self, other: Moments) -> None:
         """Adds another shard's sums."""

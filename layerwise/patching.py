@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from layerwise import trees
-from layerwise.structure import Layer
+from layerwise.structure import Layer, Site
 
 # gets the module's own forward, the positional and the keyword arguments, and gives the output
 Replacement = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -34,8 +35,18 @@ def replacing(module: nn.Module, replacement: Replacement) -> Iterator[None]:
             del module.forward
 
 
+def place(layer: Layer) -> nn.Module:
+    """The module whose forward `skip` replaces: a unit's is that of its site."""
+    return layer.module if layer.site is None else layer.site.module
+
+
 def skip(layer: Layer) -> Replacement:
-    """The layer passes its main input on. What else it gives (position biases, caches) is still computed."""
+    """The layer passes its main input on. What else it gives (position biases, caches) is still computed.
+
+    A unit inside a block adds nothing: its share of the site's tensor becomes 0.
+    """
+    if layer.site is not None:
+        return _at_site(layer.site, torch.zeros_like)
     stream = layer.stream
     assert stream is not None, layer.name
 
@@ -50,7 +61,12 @@ def skip(layer: Layer) -> Replacement:
 
 
 def altering(layer: Layer, change: Callable[[Tensor], Tensor]) -> Replacement:
-    """What the layer adds to its stream becomes `change` of it; where it changes the stream's shape, what leaves does."""
+    """What the layer adds to its stream becomes `change` of it; where it changes the stream's shape, what leaves does.
+
+    Of a unit inside a block its share of the site's tensor does.
+    """
+    if layer.site is not None:
+        return _at_site(layer.site, change)
     stream = layer.stream
     assert stream is not None, layer.name
 
@@ -62,3 +78,19 @@ def altering(layer: Layer, change: Callable[[Tensor], Tensor]) -> Replacement:
         return trees.replaced(output, stream.leaves, new)
 
     return altered
+
+
+def _at_site(site: Site, change: Callable[[Tensor], Tensor]) -> Replacement:
+    def altered(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if site.entering:
+            args, kwargs = _with(site, change, (args, kwargs))
+            return forward(*args, **kwargs)
+        return _with(site, change, forward(*args, **kwargs))
+
+    return altered
+
+
+def _with(site: Site, change: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    new = trees.get(tree, site.path).clone()
+    site.of(new).copy_(change(site.of(new)))
+    return trees.replaced(tree, site.path, new)

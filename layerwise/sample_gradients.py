@@ -29,19 +29,17 @@ class SampleGradients:
     `loop` holds the parameters that have to be differentiated once per sample; it only grows.
     """
 
-    def __init__(self, root: nn.Module, layers: Sequence[Layer], emit: Emit) -> None:
+    def __init__(self, root: nn.Module, layers: Sequence[Layer], emit: Emit, blocks: Sequence[Layer] | None = None) -> None:
         self.emit = emit
         self.samples = 0
         self.loop: set[Tensor] = set()
-        self.owner: dict[Tensor, int] = {}
-        for layer in reversed(layers):  # a parameter that two layers share counts for the first
-            self.owner |= dict.fromkeys(layer.module.parameters(), layer.index)
+        self.owner = _owners(layers)
         self.modules: dict[nn.Module, dict[str, Tensor]] = {}
         for module in root.modules():  # of the whole model: a tied embedding uses a layer's parameter as well
             own: dict[str, Tensor] = {n: p for n, p in module.named_parameters(recurse=False) if p in self.owner}
             if own:
                 self.modules[module] = own
-        for layer in layers:
+        for layer in blocks if blocks is not None else layers:
             self._adopt(layer)
         self._pending: dict[Tensor, Tensor] = {}
         self._uses: dict[Tensor, int] = defaultdict(int)
@@ -120,7 +118,11 @@ class SampleGradients:
         if self._uses[parameter] > 0:
             self._pending[parameter] = total
         else:
-            self.emit(self.owner[parameter], parameter, total)
+            self._emit(parameter, total)
+
+    def _emit(self, parameter: Tensor, gradient: Tensor) -> None:
+        for layer in self.owner[parameter]:
+            self.emit(layer, parameter, gradient)
 
     def check_attribution(self, losses: Tensor) -> None:
         """Differentiates one sample's loss alone (one backward pass): no other sample may get a gradient from it.
@@ -148,7 +150,7 @@ class SampleGradients:
         """After the backward pass: emits what waits for a use that no gradient reached."""
         for parameter, gradient in self._pending.items():
             if parameter not in self.loop:
-                self.emit(self.owner[parameter], parameter, gradient)
+                self._emit(parameter, gradient)
         self._pending.clear()
 
     def run_loop(self, losses: Tensor) -> int:
@@ -157,5 +159,17 @@ class SampleGradients:
         rows = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses]
         for parameter, grads in zip(parameters, zip(*rows, strict=True), strict=True):
             stacked = torch.stack([torch.zeros_like(parameter) if g is None else g for g in grads])
-            self.emit(self.owner[parameter], parameter, stacked)
+            self._emit(parameter, stacked)
         return len(rows)
+
+
+def _owners(layers: Sequence[Layer]) -> dict[Tensor, tuple[int, ...]]:
+    """Parameter → the layers that own it: one of each granularity, the first where several share it.
+
+    Units that are slices own none: their gradients are taken through masks (`layerwise.sweep.Seen.mask_gradients`).
+    """
+    found: dict[Tensor, dict[str, int]] = defaultdict(dict)
+    for layer in (x for x in layers if not x.masked):
+        for _, parameter in layer.tensors():
+            found[parameter].setdefault(layer.granularity, layer.index)
+    return {parameter: tuple(owners.values()) for parameter, owners in found.items()}

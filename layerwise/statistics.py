@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -11,7 +12,16 @@ from layerwise.moments import Moments
 from layerwise.scores import LayerScore, Status
 from layerwise.structure import Layer
 
+if TYPE_CHECKING:
+    from layerwise.sweep import Seen
+
 UNREACHED = "nothing was observed: no stream, or no gradient, passed through this layer"
+UNSEEN_UNIT = "nothing was observed: a part inside a block has no stream of its own, or no gradient reached it"
+
+
+def masked_gradients(seen: Seen) -> Iterator[tuple[Sequence[Layer], Tensor]]:
+    """`Seen.mask_gradients` of the units that are slices: heads and channels."""
+    return ((units, gradients) for units, gradients in seen.mask_gradients() if units[0].masked)
 
 
 class MomentsStatistic(Statistic):
@@ -41,8 +51,12 @@ class MomentsStatistic(Statistic):
         for layer in layers:
             reason = (missing or {}).get(layer.name, "")
             if reason or not float(self.moments.sums[0, layer.index]):
-                found[layer.name] = LayerScore.missing(Status.NOT_APPLICABLE, reason or UNREACHED)
+                found[layer.name] = LayerScore.missing(Status.NOT_APPLICABLE, reason or _unseen(layer))
                 continue
             score, factor = self.moments.score(layer.index), 1.0 if scale is None else scale[layer.index]
             found[layer.name] = LayerScore(score.value * factor, score.stderr * factor, score.status, score.reason)
         return found
+
+
+def _unseen(layer: Layer) -> str:
+    return UNREACHED if layer.site is None else UNSEEN_UNIT

@@ -51,6 +51,11 @@ class Site:
     start: int = 0
     stop: int = 0
 
+    @property
+    def whole(self) -> Site:
+        """The site without the slice: equal for all units that are slices of one tensor."""
+        return Site(self.module, self.path, self.entering, self.dim) if self.stop else self
+
     def of(self, tensor: Tensor) -> Tensor:
         """The unit's slice of the site's tensor, a view."""
         return tensor.narrow(self.dim, self.start, self.stop - self.start) if self.stop else tensor
@@ -107,6 +112,11 @@ class Layer:
             yield from self.module.named_parameters()
         for share in self.shares:
             yield share.name, share.tensor
+
+    @property
+    def masked(self) -> bool:
+        """Whether it is a slice of its site: a head or a channel, whose gradient is taken through a mask on that slice."""
+        return self.site is not None and bool(self.site.stop)
 
     @property
     def observable(self) -> bool:

@@ -7,6 +7,7 @@ parameter gradients are formed at each module from its input and output gradient
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,13 +18,21 @@ from torch import Tensor, nn
 
 from layerwise import trees
 from layerwise.analyzer import Signal, Statistic
-from layerwise.attention_maps import AttentionCall, Emit, attention_watched
+from layerwise.attention_maps import AttentionCall, Emit, attending, attention_watched
 from layerwise.counts import Counts
 from layerwise.data import Batch
 from layerwise.model import UniversalModel
 from layerwise.sample_gradients import SampleGradients
-from layerwise.structure import Layer
+from layerwise.structure import Layer, Site
 from layerwise.trace import evaluating, run, unfused
+
+
+@dataclass(eq=False)
+class Glimpse:
+    """A site's tensor in one call of its module, and its gradient once the backward pass has come by."""
+
+    tensor: Tensor
+    gradient: Tensor | None = None
 
 
 @dataclass
@@ -37,19 +46,78 @@ class Seen:
     gradients: list[Tensor | None]
     output: Tensor | None = None
     ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # each sample's number in the data set
+    sites: dict[Site, list[Glimpse]] = field(default_factory=dict)  # of units: whole sites, one glimpse per call
 
     def complete(self, layer: Layer) -> bool:
         """Whether the layer's stream was seen with one row per sample. Windows folded into the batch, say, are not."""
         entering, leaving = self.entering[layer.index], self.leaving[layer.index]
         rows = self.batch.size
+        if layer.site is not None:
+            return leaving is not None and leaving.shape[0] == rows
         return entering is not None and leaving is not None and entering.shape[0] == rows == leaving.shape[0]
 
     def branch(self, layer: Layer) -> Tensor | None:
-        """What the layer adds to its stream: leaving − entering where it keeps the shape, else what leaves; None if unseen."""
+        """What the layer adds to its stream: leaving − entering where it keeps the shape, else what leaves; None if unseen.
+
+        Of a unit inside a block it is what is seen at its site, a view.
+        """
         entering, leaving = self.entering[layer.index], self.leaving[layer.index]
+        if layer.site is not None:
+            return leaving
         if entering is None or leaving is None:
             return None
         return leaving - entering if layer.skippable else leaving
+
+    def mask_gradients(self) -> Iterator[tuple[Sequence[Layer], Tensor]]:
+        """For the units of each site: the units, and d loss / d mask at mask 1 for each sample, (samples, units), float64.
+
+        A mask multiplies what is seen at a unit's site: 1 leaves it, 0 silences it, so the derivative is ⟨gradient, tensor⟩,
+        summed over the calls of a shared block. Sites that no gradient reached or whose rows are not samples are left out.
+        """
+        for site, units in _by_site(self.layers).items():
+            glimpses = [(g.tensor, g.gradient) for g in self.sites.get(site, ())]
+            if not glimpses or any(gradient is None or t.shape[0] != self.batch.size for t, gradient in glimpses):
+                continue
+            totals = [_per_unit(t.double() * g.double(), units) for t, g in glimpses if g is not None]
+            total = torch.stack(totals).sum(0)
+            yield units, total
+
+    def forget_gradients(self) -> None:
+        """Those seen so far were of another loss."""
+        self.gradients[:] = [None] * len(self.gradients)
+        for glimpse in (g for calls in self.sites.values() for g in calls):
+            glimpse.gradient = None
+
+    def settle(self) -> None:
+        """After the passes: each unit gets its slice of its site, of the last call of a shared block."""
+        for site, units in _by_site(self.layers).items():
+            if not self.sites.get(site):
+                continue
+            last = self.sites[site][-1]
+            for unit in units:
+                assert unit.site is not None  # that is what they were grouped by
+                self.leaving[unit.index] = unit.site.of(last.tensor)
+                self.gradients[unit.index] = None if last.gradient is None else unit.site.of(last.gradient)
+
+
+def _by_site(layers: Sequence[Layer]) -> dict[Site, list[Layer]]:
+    """Whole site → the units that are slices of it."""
+    found: dict[Site, list[Layer]] = defaultdict(list)
+    for layer in layers:
+        if layer.site is not None:
+            found[layer.site.whole].append(layer)
+    return found
+
+
+def _per_unit(product: Tensor, units: Sequence[Layer]) -> Tensor:
+    """(samples, units): the sums over each unit's slice of `product`."""
+    sites = [unit.site for unit in units if unit.site is not None]
+    if not sites[0].stop:
+        return product.flatten(1).sum(1, keepdim=True).expand(-1, len(sites))
+    size = sites[0].stop - sites[0].start  # slices of one site are equally wide and begin at multiples of their width
+    by_place = product.movedim(sites[0].dim, -1).flatten(1, -2) if product.dim() > 2 else product.unsqueeze(1)
+    sums = by_place.sum(1).unflatten(1, (-1, size)).sum(2)
+    return sums[:, torch.tensor([site.start // size for site in sites], device=sums.device)]
 
 
 class Sweep:
@@ -66,7 +134,7 @@ class Sweep:
             for statistic in receivers:
                 statistic.sample_gradient(layer, parameter, gradient)
 
-        self.gradients = SampleGradients(model.module, model.layers, emit) if receivers else None
+        self.gradients = SampleGradients(model.module, model.layers, emit, model.blocks) if receivers else None
         self._attribution_checked = False
         self._checking = False
         attending = [s for s in statistics if Signal.ATTENTION in s.needs]
@@ -89,7 +157,7 @@ class Sweep:
             self._enter(stack, backward)
             seen = stack.enter_context(watched(self.model, batch, backward))
             if self.now or self.later:
-                stack.enter_context(attention_watched(self.model.layers, batch.size, self.now, self.later))
+                stack.enter_context(attention_watched(attending(self.model.layers), batch.size, self.now, self.later))
             if self.gradients is not None:
                 stack.enter_context(self.gradients.attached(batch.size))
             output = self._forward(batch)
@@ -128,7 +196,7 @@ class Sweep:
                 self.gradients.check_attribution(losses)
             finally:
                 self._checking = False
-            seen.gradients[:] = [None] * len(seen.gradients)  # those were of one sample's loss
+            seen.forget_gradients()  # those were of one sample's loss
             self.counts.backwards += 1
             self._attribution_checked = True
         losses.sum().backward()
@@ -172,7 +240,34 @@ def watched(model: UniversalModel, batch: Batch, backward: bool) -> Iterator[See
                 continue
             stack.callback(layer.module.register_forward_pre_hook(_entering(layer, seen, backward), with_kwargs=True).remove)
             stack.callback(layer.module.register_forward_hook(_noting(layer, seen), with_kwargs=True).remove)
+        for site in _by_site(model.layers):
+            look = _looking(site, seen.sites.setdefault(site, []), backward)
+            attach = site.module.register_forward_pre_hook if site.entering else site.module.register_forward_hook
+            stack.callback(attach(look, with_kwargs=True).remove)
         yield seen
+    seen.settle()
+
+
+def _looking(site: Site, glimpses: list[Glimpse], backward: bool) -> Any:
+    """A hook on what enters the site's module, or on what leaves it."""
+
+    def look(module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
+        tree = (args, kwargs) if site.entering else output
+        tensor = trees.get(tree, site.path)
+        glimpse = Glimpse(tensor.detach().clone())  # cloned, because later modules may write into it
+        glimpses.append(glimpse)
+        if not backward:
+            return None
+        if site.entering or not tensor.requires_grad:  # a tensor of its own: others may read what enters as well
+            tensor = (tensor if tensor.requires_grad else tensor.detach().requires_grad_()).clone()
+        tensor.register_hook(lambda gradient: _glimpsed(glimpse, gradient))
+        return trees.replaced(tree, site.path, tensor)
+
+    return look
+
+
+def _glimpsed(glimpse: Glimpse, gradient: Tensor) -> None:
+    glimpse.gradient = gradient.detach()
 
 
 def _entering(layer: Layer, seen: Seen, backward: bool) -> Any:

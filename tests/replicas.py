@@ -47,6 +47,58 @@ def naive_skip(model: UniversalModel, batch: Batch, layers: Iterable[Layer], cou
         return model.output(batch)
 
 
+@contextmanager
+def silencing_by_hook(units: Iterable[Layer]) -> Iterator[None]:
+    """The naive silencing: hooks put zeros where the units are seen; every block runs."""
+
+    def zeroed(unit: Layer, tree: Any) -> Any:
+        site = unit.site
+        assert site is not None
+        keep = torch.ones_like(trees.get(tree, site.path), dtype=torch.bool)
+        chosen = keep if not site.stop else keep.transpose(site.dim, -1)[..., site.start : site.stop]
+        chosen.fill_(False)
+        return trees.replaced(tree, site.path, torch.where(keep, trees.get(tree, site.path), 0.0))
+
+    with ExitStack() as stack:
+        stack.enter_context(unfused())
+        for unit in units:
+            assert unit.site is not None
+            module = unit.site.module
+            if unit.site.entering:
+                handle = module.register_forward_pre_hook(lambda m, a, k, u=unit: zeroed(u, (a, k)), with_kwargs=True)
+            else:
+                handle = module.register_forward_hook(lambda m, a, o, u=unit: zeroed(u, o))
+            stack.callback(handle.remove)
+        yield
+
+
+def mask_gradients(model: UniversalModel, batch: Batch, unit: Layer, seed: int) -> list[float]:
+    """Each sample's derivative of its own loss by a mask on what is seen at the unit's site, one sample and mask at a time."""
+    assert model.task is not None
+    assert unit.site is not None
+    site, found = unit.site, []
+    with unfused():
+        for n in range(batch.size):
+            mask = torch.ones((), requires_grad=True)
+
+            def masked(tree: Any, mask: Tensor = mask) -> Any:
+                tensor = trees.get(tree, site.path)
+                factor = torch.ones_like(tensor)
+                chosen = factor if not site.stop else factor.narrow(site.dim, site.start, site.stop - site.start)
+                chosen.zero_()
+                return trees.replaced(tree, site.path, tensor * (factor + (1 - factor) * mask))
+
+            if site.entering:
+                handle = site.module.register_forward_pre_hook(lambda m, a, k, f=masked: f((a, k)), with_kwargs=True)
+            else:
+                handle = site.module.register_forward_hook(lambda m, a, o, f=masked: f(o))
+            output = model.output(batch)
+            handle.remove()
+            loss = model.task.likelihood(output, batch, torch.Generator().manual_seed(seed))[n]
+            found.append(float(torch.autograd.grad(loss, mask)[0]))
+    return found
+
+
 def sample_gradients(model: UniversalModel, batch: Batch, seed: int) -> list[list[list[Tensor]]]:
     """[sample][layer] → the gradients of that sample's negative log-likelihood, by one backward pass per sample."""
     assert model.task is not None

@@ -92,3 +92,15 @@ def test_layers_that_change_from_call_to_call_are_refused() -> None:
     replay = Replay(model, vectors()(2))  # the second call; the trace was the first
     with pytest.raises(UserModelError, match=r"LW-U76 .*same layers"):
         list(skipping_each(replay, [frozenset({0})]))
+
+
+@pytest.mark.parametrize("granularity", ["sublayer", ("block", "head")])
+def test_sets_of_units_equal_the_replay_bit_for_bit(granularity: object) -> None:
+    case = CASES["vit"]
+    view, batch = case.model().at(granularity), case.batch(2)
+    replay = Replay(view, batch)
+    generator = torch.Generator().manual_seed(0)
+    count = len(view.layers)
+    sets = {frozenset(torch.randperm(count, generator=generator)[:n].tolist()) for n in (0, 1, 1, 1, 2, 2, 3, 3, 4)}
+    for skipped, output in skipping_each(replay, sets):
+        assert torch.equal(output, replay.skipping([view.layers[i] for i in skipped])), skipped

@@ -116,7 +116,7 @@ def test_modules_that_fold_samples_together_are_caught_and_looped() -> None:
     collector = Collector()
     sweep = Sweep(model, [collector])
     assert sweep.gradients is not None
-    sweep.gradients.owner[net.mix.weight] = layer.index
+    sweep.gradients.owner[net.mix.weight] = (layer.index,)
     sweep.gradients.modules[net.mix] = {"weight": net.mix.weight}
     sweep.batch(batch, seed=0)
     assert net.mix.weight in sweep.gradients.loop, "the shared rows went unnoticed"

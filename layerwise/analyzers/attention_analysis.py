@@ -20,6 +20,7 @@ from layerwise.statistics import UNREACHED, MomentsStatistic
 from layerwise.structure import Layer
 from layerwise.sweep import Seen
 
+WITH_THE_BLOCK = "attention maps are measured of whole blocks or attention modules, not of this part"
 NO_ATTENTION = "no attention runs in this layer"
 NOT_SEEN = "no attention of samples to keys was seen in this layer, or nothing that this measure is defined for"
 
@@ -262,4 +263,6 @@ class AttentionAnalyzer(ImportanceAnalyzer):
     def _why(self, layer: Layer) -> str:
         if layer.kind != "attention":
             return NO_ATTENTION
+        if layer.site is not None:
+            return WITH_THE_BLOCK
         return UNREACHED if self.measure in SLOPES else NOT_SEEN

@@ -15,11 +15,12 @@ from layerwise.errors import UsageError, nearest
 from layerwise.model import UniversalModel
 from layerwise.moments import Moments
 from layerwise.scores import LayerScore
-from layerwise.statistics import MomentsStatistic
+from layerwise.statistics import MomentsStatistic, masked_gradients
 from layerwise.sweep import Seen, Sweep
 from layerwise.task import Fidelity
 from layerwise.walk import Walk
 
+SLICED = "is a slice of its matrices: rounding is judged on whole ones"
 KINDS = ("auto", "true", "empirical")
 
 
@@ -70,6 +71,7 @@ class SquaredGradients(MomentsStatistic):
     def __init__(self, layers: int, weighting: str = "none", bits: int = 4) -> None:
         super().__init__(Moments(layers))
         self.part, self.whole = WEIGHTINGS[weighting]
+        self.masks = weighting == "none"
         self.bits = bits
         self._batch: dict[int, Tensor] = {}
 
@@ -81,6 +83,8 @@ class SquaredGradients(MomentsStatistic):
         for layer, total in self._batch.items():
             self.moments.add_(layer, self.whole(total))
         self._batch.clear()
+        for units, gradients in masked_gradients(seen) if self.masks else ():
+            self.moments.add_columns_([unit.index for unit in units], gradients.square())
 
 
 class DrawnAnswers(MomentsStatistic):
@@ -108,6 +112,8 @@ class FisherInformationAnalyzer(ImportanceAnalyzer):
     The gradient is each sample's own, so the value does not depend on the batch size. Costs one forward and one backward,
     shared with every other observing method; the true Fisher of data with labels takes a forward and two backwards per batch
     of its own. The standard error is over samples.
+
+    Of a head or a channel it is that of one parameter, a mask m = 1 on what is seen at its site: mean (d log p / d m)², in nats².
 
     Parameters
     ----------
@@ -161,8 +167,9 @@ class FisherInformationAnalyzer(ImportanceAnalyzer):
 
     def score(self, model: UniversalModel, statistic: MomentsStatistic) -> Mapping[str, LayerScore]:
         self._check(model)  # again, because the task may have been settled by the first batch
-        scale = [layer.parameters if self.per_parameter else 1 for layer in model.layers]
-        return statistic.scores(model.layers, scale=torch.tensor(scale).reciprocal().tolist())
+        scale = [layer.parameters if self.per_parameter and not layer.masked else 1 for layer in model.layers]
+        missing = {x.name: SLICED for x in model.layers if x.masked and self.weighting != "none"}
+        return statistic.scores(model.layers, scale=torch.tensor(scale).reciprocal().tolist(), missing=missing)
 
     def _check(self, model: UniversalModel) -> None:
         if self.kind == "empirical" and isinstance(model.task, Fidelity):

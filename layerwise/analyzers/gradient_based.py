@@ -13,7 +13,7 @@ from layerwise.errors import UsageError, nearest
 from layerwise.model import UniversalModel
 from layerwise.moments import Moments
 from layerwise.scores import LayerScore
-from layerwise.statistics import MomentsStatistic
+from layerwise.statistics import MomentsStatistic, masked_gradients
 from layerwise.sweep import Seen
 
 Form = Literal["absolute", "signed", "norm", "activation"]
@@ -57,6 +57,8 @@ class ParameterTaylor(MomentsStatistic):
         for layer, total in self._batch.items():
             self.moments.add_(layer, self.whole(total))
         self._batch.clear()
+        for units, gradients in masked_gradients(seen):
+            self.moments.add_columns_([unit.index for unit in units], gradients.abs())
 
 
 class BranchTaylor(MomentsStatistic):
@@ -68,7 +70,9 @@ class BranchTaylor(MomentsStatistic):
         super().__init__(Moments(layers))
 
     def observe(self, seen: Seen) -> None:
-        for layer in seen.layers:
+        for units, gradients in seen.mask_gradients():
+            self.moments.add_columns_([unit.index for unit in units], gradients.abs())
+        for layer in (x for x in seen.layers if x.site is None):
             gradient, branch = seen.gradients[layer.index], seen.branch(layer)
             if gradient is None or branch is None or not seen.complete(layer):
                 continue
@@ -79,6 +83,9 @@ class BranchTaylor(MomentsStatistic):
 @ANALYZERS.register("gradient_based")
 class GradientBasedAnalyzer(ImportanceAnalyzer):
     """Mean over samples of a first-order estimate of the loss change, in nats (`norm`: nats per unit of θ).
+
+    Of a head or a channel every form is |d loss / d m| of a mask m = 1 on what is seen at its site: |⟨g, a⟩|, the estimate of
+    silencing it.
 
     Parameters
     ----------

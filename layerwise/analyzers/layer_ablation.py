@@ -24,7 +24,12 @@ from layerwise.task import Fidelity, token_mask
 
 
 def zero(layer: Layer) -> Replacement:
-    """The layer's main output becomes 0. In a residual net this kills the stream, not only the layer's share of it."""
+    """The layer's main output becomes 0. In a residual net this kills the stream, not only the layer's share of it.
+
+    For a unit inside a block it is the same as `skip`.
+    """
+    if layer.site is not None:
+        return skip(layer)
     stream = layer.stream
     assert stream is not None, layer.name
 
@@ -98,7 +103,7 @@ class AblationDamage(MomentsStatistic):
     def __init__(self, model: UniversalModel, operation: str, metric: str = "loss", seed: int = 0) -> None:
         super().__init__(Moments(len(model.layers)))
         self.operation, self.seed, self.metric = operation, seed, METRICS[metric]
-        self.layers = [x for x in model.layers if x.stream is not None and (operation != "skip" or x.skippable)]
+        self.layers = [x for x in model.layers if x.observable and (operation != "skip" or x.skippable)]
 
     def probe(self, replay: Replay) -> None:
         before, weights = self._sums(replay, replay.output)
@@ -113,11 +118,13 @@ class AblationDamage(MomentsStatistic):
         size = replay.batch.size
         change = EXCHANGES[self.operation](replay.batch, self.seed)
         rows = {
-            layer.index: trees.get(output, layer.stream.leaves).shape[0]
+            layer.name: trees.get(output, layer.stream.leaves).shape[0]
             for layer, output in replay.calls
             if layer.stream is not None
         }
-        yield from ((layer, altering(layer, change)) for layer in self.layers if rows.get(layer.index) == size > 1)
+        example = replay.model.example.size
+        rows |= {x.name: size for x in self.layers if x.site is not None and x.shape[0] == example}
+        yield from ((layer, altering(layer, change)) for layer in self.layers if rows.get(layer.name) == size > 1)
 
     def _sums(self, replay: Replay, output: Tensor) -> tuple[Tensor, Tensor]:
         values, weights = self.metric(replay, output)

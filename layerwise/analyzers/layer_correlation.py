@@ -10,12 +10,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from layerwise.analyzer import ANALYZERS, ImportanceAnalyzer, Signal, Statistic, unskippable
+from layerwise.analyzer import ANALYZERS, ImportanceAnalyzer, Signal, Statistic, streamless, unskippable
 from layerwise.errors import UsageError, nearest
 from layerwise.model import UniversalModel
 from layerwise.moments import Moments
 from layerwise.scores import LayerScore, Status
 from layerwise.statistics import MomentsStatistic
+from layerwise.structure import Layer
 from layerwise.sweep import Seen
 from layerwise.task import cosine_distance, token_mask
 
@@ -188,6 +189,13 @@ class LayerCorrelationAnalyzer(ImportanceAnalyzer):
 
     def score(self, model: UniversalModel, statistic: BlockInfluence | MinibatchCKA) -> Mapping[str, LayerScore]:
         if isinstance(statistic, MinibatchCKA):
-            return {layer.name: statistic.distance(layer.index) for layer in model.layers}
-        missing = {layer.name: unskippable(layer) for layer in model.layers}
-        return statistic.scores(model.layers, missing={k: f"{v} (cka has a value)" for k, v in missing.items() if v})
+            return {layer.name: self._cka(statistic, layer) for layer in model.layers}
+        missing = {layer.name: streamless(layer) for layer in model.layers}
+        for layer in model.layers:
+            if not missing[layer.name] and (reason := unskippable(layer)):
+                missing[layer.name] = f"{reason} (cka has a value)"
+        return statistic.scores(model.layers, missing=missing)
+
+    def _cka(self, statistic: MinibatchCKA, layer: Layer) -> LayerScore:
+        reason = streamless(layer)
+        return LayerScore.missing(Status.NOT_APPLICABLE, reason) if reason else statistic.distance(layer.index)
