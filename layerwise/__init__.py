@@ -20,6 +20,7 @@ _HOMES = {
     "layerwise.analyzer": ("ImportanceAnalyzer",),
     "layerwise.artifact": ("Artifact",),
     "layerwise.data": ("Batch", "Data"),
+    "layerwise.enhanced": ("EnhancedAnalysisRegistry",),
     "layerwise.errors": ("LayerwiseError",),
     "layerwise.importance": ("ImportanceReport",),
     "layerwise.model": ("UniversalModel",),
@@ -27,6 +28,7 @@ _HOMES = {
     "layerwise.result": ("CompressionResult", "Measurement", "Proof"),
     "layerwise.scores": ("LayerScore", "Scores", "Status"),
     "layerwise.source": ("Source",),
+    "layerwise.strategy": ("TaskAdapter", "TaskType"),
     "layerwise.structure": ("Layer",),
     "layerwise.target": ("Target",),
     "layerwise.tracking": ("PerformanceTracker",),
@@ -36,11 +38,20 @@ __all__ = ["__version__", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'layerwise' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
+    value = getattr(importlib.import_module(_HOME[name]), name) if name in _HOME else _analyzer(name)
     globals()[name] = value
     return value
+
+
+def _analyzer(name: str) -> Any:
+    """The class of a registered analyzer by its own name: no list to edit when one is added."""
+    if name.endswith("Analyzer"):  # all others are answered without loading a module
+        from layerwise.analyzer import ANALYZERS
+
+        for cls in ANALYZERS.values():
+            if cls.__name__ == name:
+                return cls
+    raise AttributeError(f"module 'layerwise' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
