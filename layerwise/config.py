@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from layerwise.errors import ConfigError, LayerwiseError, UsageError, nearest
+from layerwise.spec import split_specs
 from layerwise.yamlfile import Entry, read_entries
 
 VERSION = 1
@@ -29,7 +30,7 @@ PASSWORD = re.compile(r"(?<=://)([^:/@]*):.*@|\?.*")  # in front of the last @, 
 def _names(value: Any) -> Any:
     """A list of names may be written as one text with commas."""
     if isinstance(value, str):
-        value = [part.strip() for part in value.split(",") if part.strip()]
+        value = split_specs(value)
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -63,7 +64,9 @@ class RunConfig(BaseModel):
     label_column: str | None = Field(default=None, description="the column that holds the label")
     target_column: str | None = Field(default=None, description="the column that holds the text to produce")
     max_bad_shards: int = Field(default=0, ge=0, le=LARGEST, description="go on without this many damaged files of a data set")
-    methods: Names = Field(default=("auto",), description="ways to rank the layers, with commas (see: layerwise methods)")
+    methods: Names = Field(
+        default=("auto",), description="ways to rank layers, with commas: auto, all, NAME or NAME(setting=value)"
+    )
     targets: Names = Field(default=(), description="the budget, with commas: size<=0.5x, accuracy>=0.98x, latency<=20ms")
     ratio: float | None = Field(default=None, gt=0, lt=1, description="short for the target size<=RATIOx, between 0 and 1")
     compress_methods: Names = Field(default=("auto",), description="ways to compress that the planner may use, with commas")

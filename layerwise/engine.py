@@ -28,6 +28,7 @@ from layerwise.planner import Planner
 from layerwise.proofs import prove
 from layerwise.result import CompressionResult
 from layerwise.scores import Scores
+from layerwise.spec import built, written
 from layerwise.target import Target
 from layerwise.weights import check_finite
 
@@ -52,7 +53,8 @@ def analyze(
     Parameters
     ----------
     methods
-        ``"auto"``, ``"all"``, names, analyzer instances, or a list of these.
+        ``"auto"``, ``"all"``, names such as ``"fisher_information"`` or with settings ``"fisher_information(kind=true)"``,
+        analyzer instances, or a list of these.
     data
         Batches in any accepted form; None is enough for methods that read weights only.
     checkpoint
@@ -168,16 +170,18 @@ def chosen_analyzers(methods: Methods, seed: int = 0) -> dict[str, ImportanceAna
             analyzer = _analyzer(one, seed) if isinstance(one, str) else one
             label = analyzer.method
             if chosen.get(label, analyzer) != analyzer:
-                label = f"{label}({', '.join(f'{k}={v}' for k, v in analyzer.settings().items() if k != 'baseline')})"
+                label = written(label, {k: v for k, v in analyzer.settings().items() if k != "baseline"})
             chosen[label] = analyzer
     if not chosen:
         raise UsageError("No method was named.", remedy="Use methods='auto'.")
     return chosen
 
 
-def _analyzer(name: str, seed: int) -> ImportanceAnalyzer:
-    analyzer: Any = ANALYZERS[name]()
-    return replace(analyzer, seed=seed) if "seed" in {f.name for f in fields(analyzer)} else analyzer
+def _analyzer(spec: str, seed: int) -> ImportanceAnalyzer:
+    """The analyzer that ``NAME`` or ``NAME(setting=value, ...)`` stands for; `seed` is its seed unless it names one itself."""
+    analyzer: Any = built(ANALYZERS, spec)
+    seeded = "seed" in {f.name for f in fields(analyzer)} and "seed" not in spec
+    return replace(analyzer, seed=seed) if seeded else analyzer
 
 
 def _universal(model: UniversalModel | nn.Module) -> UniversalModel:
