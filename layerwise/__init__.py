@@ -27,6 +27,7 @@ _HOMES = {
     "layerwise.plan": ("CompressionPlan", "Step"),
     "layerwise.result": ("CompressionResult", "Measurement", "Proof"),
     "layerwise.scores": ("LayerScore", "Scores", "Status"),
+    "layerwise.selection": ("IntelligentMethodSelector",),
     "layerwise.source": ("Source",),
     "layerwise.strategy": ("TaskAdapter", "TaskType"),
     "layerwise.structure": ("Layer",),

@@ -28,12 +28,10 @@ from layerwise.planner import Planner
 from layerwise.proofs import prove
 from layerwise.result import CompressionResult
 from layerwise.scores import Scores
+from layerwise.selection import AUTO
 from layerwise.spec import built, written
 from layerwise.target import Target
 from layerwise.weights import check_finite
-
-# Chosen before any was judged against measured damage: one of each family. Part of every report, with the baselines beside them.
-AUTO = ("layer_ablation", "gradient_based", "fisher_information", "layer_correlation", "spectral_analysis", "depth")
 
 Methods = str | ImportanceAnalyzer | Sequence[str | ImportanceAnalyzer]
 
