@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -94,3 +95,37 @@ def _with(site: Site, change: Callable[[Tensor], Tensor], tree: Any) -> Any:
     new = trees.get(tree, site.path).clone()
     site.of(new).copy_(change(site.of(new)))
     return trees.replaced(tree, site.path, new)
+
+
+def adding(layer: Layer, branch: Tensor) -> Replacement:
+    """The layer adds `branch` to its stream, whatever it computes; a shared one does from its first input to its last output.
+
+    Of a unit inside a block its share of the site's tensor becomes `branch`.
+    """
+    if layer.site is not None:
+        return _at_site(layer.site, lambda _: branch)
+    stream = layer.stream
+    assert stream is not None, layer.name
+    entered: list[Tensor] = []
+
+    def patched(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        entered.append(trees.get((args, kwargs), stream.enters).clone())  # cloned, because the block may write into it
+        if layer.calls == 1 and stream.alone and not stream.leaves:
+            return entered[0] + branch
+        output = forward(*args, **kwargs)
+        return output if len(entered) < layer.calls else trees.replaced(output, stream.leaves, entered[0] + branch)
+
+    return patched
+
+
+def leaving_as(layer: Layer, leaving: Tensor) -> Replacement:
+    """The layer's main output becomes `leaving` (at the last call of a shared one)."""
+    stream = layer.stream
+    assert stream is not None, layer.name
+    calls = itertools.count(1)
+
+    def patched(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = forward(*args, **kwargs)
+        return output if next(calls) < layer.calls else trees.replaced(output, stream.leaves, leaving.clone())
+
+    return patched

@@ -12,7 +12,7 @@ site changed, and so does everything after it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -29,10 +29,20 @@ from layerwise.trace import evaluating, run, unfused
 
 
 class Replay:
-    """One batch's cache. Making it runs the model once: `output` is the unchanged output."""
+    """One batch's cache. Making it runs the model once: `output` is the unchanged output.
 
-    def __init__(self, model: UniversalModel, batch: Batch, counts: Counts | None = None) -> None:
+    `around` gives a context in which each run happens, for changes that all of them share (corrupted embeddings, say).
+    """
+
+    def __init__(
+        self,
+        model: UniversalModel,
+        batch: Batch,
+        counts: Counts | None = None,
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         self.model = model
+        self.around = around
         self.batch = batch.to(model.device)
         self.counts = counts if counts is not None else Counts()
         self.calls: list[tuple[Layer, Any]] = []  # every layer call of the unchanged run and what it gave
@@ -98,6 +108,7 @@ class Replay:
         self.counts.forwards += 1
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
+            stack.enter_context(self.around())
             stack.enter_context(evaluating(self.model.module))
             if any(layer.site is not None for layer in self.model.layers):
                 stack.enter_context(unfused())  # the whole model too: what is compared must differ by the change alone

@@ -46,7 +46,7 @@ class Walk:
         return torch.Generator().manual_seed(self.seed)
 
     def forward(self, batch: Batch, *, graph: bool = False, changes: Mapping[int, Change] | None = None) -> Seen:
-        """One forward; `changes` (layer index → function) are made to the streams that enter layers.
+        """One forward; `changes` (index of a block → function) are made to the streams that enter blocks.
 
         With `graph`, `backward` may follow: parameters do not require gradients, each layer's stream does.
         """
@@ -56,7 +56,7 @@ class Walk:
             stack.enter_context(unfused())
             stack.enter_context(torch.set_grad_enabled(graph))
             stack.enter_context(frozen(self.model.module))
-            stack.enter_context(entering_changed(self.model.layers, changes or {}))
+            stack.enter_context(entering_changed(self.model.blocks, changes or {}))
             seen = stack.enter_context(watched(self.model, batch, graph))
             seen.output = self.model.adapter.output(run(self.model.module, batch))
         return seen
@@ -66,10 +66,11 @@ class Walk:
         if values.requires_grad:
             values.sum().backward(retain_graph=again)
             self.counts.backwards += 1
+            seen.settle()
 
     def embedded(self) -> list[Layer]:
-        """The layers whose stream no other layer feeds (costs a forward)."""
-        with fed_by_none(self.model.layers) as found:
+        """The blocks whose stream no other block feeds (costs a forward)."""
+        with fed_by_none(self.model.blocks) as found:
             self.forward(self.batch, graph=True)
         return found
 
@@ -100,7 +101,7 @@ def entering_changed(layers: Sequence[Layer], changes: Mapping[int, Change]) -> 
 
 @contextmanager
 def fed_by_none(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
-    """Fills the list while a forward with `graph` runs: a stream that needs no gradient yet comes from no layer."""
+    """Fills the list while a forward with `graph` runs: a stream that needs no gradient yet comes from no block. Now it does."""
     found: list[Layer] = []
     met: set[int] = set()
 
@@ -108,10 +109,13 @@ def fed_by_none(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
         assert layer.stream is not None
         path = layer.stream.enters
 
-        def note(module: Any, args: Any, kwargs: Any) -> None:
-            if layer.index not in met and not trees.get((args, kwargs), path).requires_grad:
-                found.append(layer)
+        def note(module: Any, args: Any, kwargs: Any) -> Any:
+            stream, first = trees.get((args, kwargs), path), layer.index not in met
             met.add(layer.index)
+            if not first or stream.requires_grad:
+                return None
+            found.append(layer)
+            return trees.replaced((args, kwargs), path, stream.detach().requires_grad_().clone())
 
         return note
 

@@ -85,7 +85,7 @@ def conductances(walk: Walk, settings: LayerConductanceAnalyzer) -> Conductances
     """The path integral of one batch, from the inputs down to the origin x′: n + 1 passes, two points held at a time."""
     place = place_of(settings.at, walk.batch)
     origin = settings.origin if settings.origin != "auto" else {"inputs": "zeros", "stream": "mean"}[place]
-    with fed_by_none(walk.model.layers) as embedded:
+    with fed_by_none(walk.model.blocks) as embedded:
         seen = walk.forward(walk.batch, graph=True)
     assert seen.output is not None
     target, weights = TARGET_FUNCTIONS[settings.target](walk, seen.output.detach())
@@ -228,7 +228,7 @@ class LayerConductanceAnalyzer(ImportanceAnalyzer):
     def score(self, model: UniversalModel, statistic: PathSums) -> Mapping[str, LayerScore]:
         scores = statistic.scores(model.layers)
         for layer, gap in zip(model.layers, statistic.incompleteness().tolist(), strict=True):
-            if scores[layer.name].status is Status.OK and not gap <= UNRESOLVED:
+            if layer.site is None and scores[layer.name].status is Status.OK and not gap <= UNRESOLVED:
                 reason = f"{self.steps} steps do not resolve the path: the sum is off by {gap:.3g} times the target's change"
                 scores[layer.name] = LayerScore.missing(Status.FAILED, reason)
         return scores
