@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,10 @@ from layerwise.ranks import spearman, spearman_rows
 from layerwise.registry import Registry
 from layerwise.scores import Scores
 from layerwise.stacking import stacked
+from layerwise.transfer import fit_kernel, transferred
+
+if TYPE_CHECKING:
+    from layerwise.model import UniversalModel
 
 FORMAT = 1
 NAMED = 3  # disagreeing pairs that a warning spells out
@@ -163,6 +167,30 @@ class ImportanceReport:
             for key, grid in grids.items():
                 grid.loc[pair.first, pair.second] = grid.loc[pair.second, pair.first] = getattr(pair, key)
         return pd.concat(grids, axis=1)
+
+    def transfer_to(self, other: UniversalModel, *more: ImportanceReport) -> ImportanceReport:
+        """An estimate for the layers of `other`, which is not run: this consensus mapped by relative depth, kind and size.
+
+        The report's one method, ``transfer``, has the share of layers ranked below and a standard error that grows with the
+        distance to the nearest known layer. `more` reports of other models make it better, and its error honest: one model
+        alone cannot show how much models differ. It is no measurement; check it with `analyze` where that can be paid.
+        """
+        reports = (self, *more)
+        layers = tuple(LayerInfo(x.name, x.index, x.kind, x.parameters, x.skippable, x.group, x.reason) for x in other.layers)
+        scores = transferred(fit_kernel([(r.layers, r.consensus()) for r in reports]), layers)
+        note = f"Estimated from the scores of {', '.join(r.model for r in reports)}; {other.name} itself was not measured."
+        return ImportanceReport(
+            model=other.name,
+            task=other.task.name if other.task else "",
+            data="",
+            layers=layers,
+            scores={scores.method: scores},
+            notes=(note,),
+            fingerprint=other.fingerprint,
+            domain=other.domain,
+            seed=self.seed,
+            device=str(other.device),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         data = {k: v for k, v in vars(self).items() if k not in {"layers", "scores", "removal"}}
