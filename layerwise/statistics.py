@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from layerwise.analyzer import Statistic
@@ -22,6 +23,19 @@ UNSEEN_UNIT = "nothing was observed: a part inside a block has no stream of its 
 def masked_gradients(seen: Seen) -> Iterator[tuple[Sequence[Layer], Tensor]]:
     """`Seen.mask_gradients` of the units that are slices: heads and channels."""
     return ((units, gradients) for units, gradients in seen.mask_gradients() if units[0].masked)
+
+
+def squared_norms(gradient: Tensor) -> Tensor:
+    """(samples, …) → ‖·‖² of each sample, float64.
+
+    The rows of a matrix are summed in their own precision (at least float32) and the rows' norms in float64: a float64 copy of
+    every gradient would cost more than the sum, and a row is short.
+    """
+    samples = len(gradient)
+    if gradient.dim() < 3:
+        return gradient.reshape(samples, -1).double().square().sum(1)
+    rows = torch.linalg.vector_norm(gradient.flatten(2), dim=2, dtype=torch.promote_types(gradient.dtype, torch.float32))
+    return rows.double().square().sum(1)
 
 
 class MomentsStatistic(Statistic):

@@ -15,7 +15,7 @@ from layerwise.errors import UsageError, nearest
 from layerwise.model import UniversalModel
 from layerwise.moments import Moments
 from layerwise.scores import LayerScore
-from layerwise.statistics import MomentsStatistic, masked_gradients
+from layerwise.statistics import MomentsStatistic, masked_gradients, squared_norms
 from layerwise.sweep import Seen, Sweep
 from layerwise.task import Fidelity
 from layerwise.walk import Walk
@@ -34,18 +34,14 @@ def rounding_change(weight: Tensor, bits: int) -> Tensor | None:
     return (rounded - rows).reshape(weight.shape)
 
 
-def _squared(gradient: Tensor) -> Tensor:
-    return gradient.flatten(1).double().square().sum(1)
-
-
 def _trace(parameter: Tensor, gradient: Tensor, bits: int) -> Tensor:
-    return _squared(gradient)
+    return squared_norms(gradient)
 
 
 def _fit(parameter: Tensor, gradient: Tensor, bits: int) -> Tensor:
     change = rounding_change(parameter, bits)
     power = gradient.new_zeros(()) if change is None else change.double().square().mean()
-    return _squared(gradient) * power
+    return squared_norms(gradient) * power
 
 
 def _directional(parameter: Tensor, gradient: Tensor, bits: int) -> Tensor:
@@ -99,6 +95,7 @@ class DrawnAnswers(MomentsStatistic):
     def walk(self, walk: Walk) -> None:
         model = copy.copy(walk.model)
         model.task = model.task if isinstance(model.task, Fidelity) else Fidelity()
+        self.inner.moments = self.moments  # again at each batch, because loading a state exchanges them
         sweep = Sweep(model, [self.inner])
         sweep.counts = walk.counts
         sweep.batch(walk.batch, walk.seed)
@@ -132,8 +129,8 @@ class FisherInformationAnalyzer(ImportanceAnalyzer):
     References
     ----------
     Kunstner, Hennig, Balles (2019), "Limitations of the empirical Fisher approximation for natural gradient descent";
-    Zandonati et al. (2023), "FIT: a metric for model sensitivity". There the change is modelled as uniform noise; here it is
-    measured.
+    Zandonati et al. (2023), "FIT: a metric for model sensitivity". There the change is modelled as uniform noise and
+    activations count as well; here the change of the weights alone is measured.
     """
 
     method: ClassVar[str] = "fisher_information"

@@ -13,7 +13,7 @@ from layerwise.errors import UsageError, nearest
 from layerwise.model import UniversalModel
 from layerwise.moments import Moments
 from layerwise.scores import LayerScore
-from layerwise.statistics import MomentsStatistic, masked_gradients
+from layerwise.statistics import MomentsStatistic, masked_gradients, squared_norms
 from layerwise.sweep import Seen
 
 Form = Literal["absolute", "signed", "norm", "activation"]
@@ -28,7 +28,7 @@ def _signed(parameter: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _squared(parameter: Tensor, gradient: Tensor) -> Tensor:
-    return gradient.flatten(1).double().square().sum(1)
+    return squared_norms(gradient)
 
 
 # form → (what a parameter adds per sample, what is done with a layer's sum)
