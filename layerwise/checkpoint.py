@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -59,13 +60,14 @@ def resume(folder: Path, feeder: Feeder) -> None:
 
 
 def key(feeder: Feeder) -> str:
-    """What a checkpoint must agree with: the model, the data, the seed and the methods."""
+    """What a checkpoint must agree with: the model, its layers, the data, the seed and the methods."""
     parts = [
         feeder.model.fingerprint,
         feeder.data.fingerprint,
         str(feeder.seed),
         str(len(feeder.data)),
         *sorted(feeder.statistics),
+        *(f"{g}={n}" for g, n in Counter(x.granularity for x in feeder.model.layers).items()),
     ]
     return "|".join(parts)
 

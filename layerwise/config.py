@@ -67,6 +67,9 @@ class RunConfig(BaseModel):
     methods: Names = Field(
         default=("auto",), description="ways to rank layers, with commas: auto, all, NAME or NAME(setting=value)"
     )
+    granularity: Names = Field(
+        default=("block",), description="what to rank, with commas: block, sublayer (attention, mlp, conv), head, channel"
+    )
     targets: Names = Field(default=(), description="the budget, with commas: size<=0.5x, accuracy>=0.98x, latency<=20ms")
     ratio: float | None = Field(default=None, gt=0, lt=1, description="short for the target size<=RATIOx, between 0 and 1")
     compress_methods: Names = Field(default=("auto",), description="ways to compress that the planner may use, with commas")

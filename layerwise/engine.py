@@ -31,7 +31,10 @@ from layerwise.scores import Scores
 from layerwise.selection import AUTO
 from layerwise.spec import built, written
 from layerwise.target import Target
+from layerwise.units import Granularity, granularities
 from layerwise.weights import check_finite
+
+LONGEST_CURVE = 64  # layers; each costs a run of everything after it on all the data
 
 Methods = str | ImportanceAnalyzer | Sequence[str | ImportanceAnalyzer]
 
@@ -45,6 +48,7 @@ def analyze(
     progress: Progress | None = None,
     checkpoint: Path | None = None,
     executor: str = "local",
+    granularity: Granularity = "block",
 ) -> ImportanceReport:
     """Scores every layer of `model` by every method in one pass over `data`, and measures the removal curve of their consensus.
 
@@ -59,6 +63,9 @@ def analyze(
         A folder in which the state is saved every few seconds and from which it resumes to the same bits.
     executor
         ``local``, or ``ray`` / ``ray:N`` to share the batches between N worker processes; the scores are the same to the bit.
+    granularity
+        ``block``, ``sublayer``, ``head`` or ``channel``, or several of them in one report; see docs/granularity.md. The removal
+        curve is that of the coarsest, and is left out beyond `LONGEST_CURVE` layers.
 
     Raises
     ------
@@ -71,6 +78,8 @@ def analyze(
     batches = None if data is None else Data.of(data)
     if batches is not None:
         model.see(batches[0])
+    if granularities(granularity) != ("block",):
+        model = model.at(granularity)
     statistics = {name: a.statistic(model) for name, a in analyzers.items()}
     fed = {name: s for name, s in statistics.items() if s is not None}
     if fed and batches is None:
@@ -189,7 +198,10 @@ def _universal(model: UniversalModel | nn.Module) -> UniversalModel:
 def _report(
     model: UniversalModel, data: Data | None, scores: Mapping[str, Scores], seed: int, seen: Observation
 ) -> ImportanceReport:
-    layers = tuple(LayerInfo(x.name, x.index, x.kind, x.parameters, x.skippable, x.group, x.reason) for x in model.layers)
+    layers = tuple(
+        LayerInfo(x.name, x.index, x.kind, x.parameters, x.skippable, x.group, x.reason, x.granularity, x.parent)
+        for x in model.layers
+    )
     return ImportanceReport(
         model=model.name,
         task=model.task.name if model.task else "",
@@ -206,9 +218,13 @@ def _report(
 
 def _with_curve(report: ImportanceReport, model: UniversalModel, data: Data, progress: Progress | None) -> ImportanceReport:
     """The report with the measured metrics and removal curve of the consensus, least important layer first."""
-    consensus = report.consensus()
-    skippable = {layer.name for layer in model.layers if layer.skippable}
+    coarsest = report.coarsest()
+    consensus = coarsest.consensus()
+    skippable = {layer.name for layer in coarsest.layers if layer.skippable}
     order = [name for name in sorted(consensus.usable(), key=lambda n: consensus[n]) if name in skippable]
+    if coarsest.granularities != ("block",) and len(order) > LONGEST_CURVE:
+        note = f"No removal curve was measured: it would take {len(order):,} runs, more than {LONGEST_CURVE}."
+        report, order = replace(report, notes=(*report.notes, note)), []
     curve, metrics = removal_curve(model, data, order, progress=progress)
     return replace(report, removal=curve if order else None, metrics=metrics)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -26,11 +27,13 @@ if TYPE_CHECKING:
     from layerwise.model import UniversalModel
 
 FORMAT = 1
+MOST_DRAWN, FEWEST_RESAMPLES = 2_000_000, 100  # values that a bootstrap over thousands of channels draws at once
 NAMED = 3  # disagreeing pairs that a warning spells out
 How = Literal["borda", "reliability", "meta"]
 CONSENSUS: tuple[str, ...] = get_args(How)
 COLUMNS = [
     "layer", "index", "kind", "parameters", "method", "score", "stderr", "rank", "status", "reason", "seconds", "samples",
+    "granularity", "parent",
 ]  # fmt: skip
 
 
@@ -54,6 +57,8 @@ class LayerInfo:
     skippable: bool
     group: str
     reason: str = ""
+    granularity: str = "block"
+    parent: str = ""  # the block that a sublayer, head or channel is inside of
 
 
 @dataclass(frozen=True)
@@ -104,15 +109,49 @@ class ImportanceReport:
     def methods(self) -> list[str]:
         return list(self.scores)
 
+    @property
+    def granularities(self) -> tuple[str, ...]:
+        """Of which sizes the layers are, from coarse to fine."""
+        return tuple(dict.fromkeys(layer.granularity for layer in self.layers))
+
+    def at(self, granularity: str) -> ImportanceReport:
+        """The report on the layers of one granularity. Raises `UsageError` with the nearest for one that it does not hold."""
+        if granularity not in self.granularities:
+            found = nearest(granularity, self.granularities)
+            raise UsageError(f"The report holds no layers of granularity {granularity!r}.", remedy=found)
+        if len(self.granularities) == 1:
+            return self
+        layers = tuple(layer for layer in self.layers if layer.granularity == granularity)
+        names = {layer.name for layer in layers}
+        kept = {m: replace(s, entries={n: e for n, e in s.entries.items() if n in names}) for m, s in self.scores.items()}
+        removal = self.removal if self.removal is not None and names.issuperset(self.removal.order) else None
+        return replace(self, layers=layers, scores=kept, removal=removal)
+
+    def coarsest(self) -> ImportanceReport:
+        """The report on the coarsest of its layers: what is said in words of a report of several granularities."""
+        return self.at(self.granularities[0]) if len(self.granularities) > 1 else self
+
+    def ranks(self, scores: Scores) -> dict[str, tuple[int, int]]:
+        """Layer → (rank, of how many). 1 is the most important; layers are ranked among those of their own granularity."""
+        of = {layer.name: layer.granularity for layer in self.layers}
+        counts: Counter[str] = Counter()
+        places: dict[str, int] = {}
+        for name in scores.ranks():
+            if name in of:
+                counts[of[name]] += 1
+                places[name] = counts[of[name]]
+        return {name: (place, counts[of[name]]) for name, place in places.items()}
+
     def to_frame(self) -> pd.DataFrame:
         """One row per layer and method; `rank` 1 is the most important layer, missing where there is no score."""
         rows = [
             (
                 layer.name, layer.index, layer.kind, layer.parameters, method, entry.value, entry.stderr,
-                ranks.get(layer.name), str(entry.status), entry.reason, scores.seconds, scores.samples,
+                ranks[layer.name][0] if layer.name in ranks else None, str(entry.status), entry.reason, scores.seconds,
+                scores.samples, layer.granularity, layer.parent,
             )
             for method, scores in self.scores.items()
-            for ranks in [scores.ranks()]
+            for ranks in [self.ranks(scores)]
             for layer in self.layers
             for entry in [scores.entries[layer.name]]
         ]  # fmt: skip
@@ -127,6 +166,7 @@ class ImportanceReport:
         """The mean over methods of the share of layers ranked below this one (0 … 1), ties counting half.
 
         Baselines do not vote unless nothing else was run. The standard error is that over methods. `settings` hold the weights.
+        Layers compete with those of their own granularity only; the weights are then those of the coarsest.
 
         Parameters
         ----------
@@ -138,6 +178,9 @@ class ImportanceReport:
         voters = self.voters()
         if how not in CONSENSUS:
             raise UsageError(f"Unknown consensus {how!r}.", remedy=nearest(how, CONSENSUS))
+        if len(self.granularities) > 1:
+            parts = [self.at(g).consensus(how) for g in self.granularities]
+            return replace(parts[0], entries={name: e for part in parts for name, e in part.entries.items()})
         if how == "meta":
             return stacked(self.layers, self.scores, voters, "skip")
         weights = dict.fromkeys(voters, 1.0) if how == "borda" else ensembles.reliability_weights(voters, seed=self.seed)
@@ -145,7 +188,7 @@ class ImportanceReport:
 
     def disagreements(self) -> list[Disagreement]:
         """The pairs of voting methods whose ranks correlate below 0.4, the worst first, with the layers most in dispute."""
-        return ensembles.disagreements(self.voters())
+        return ensembles.disagreements(self.coarsest().voters())
 
     def disagreement(self) -> str:
         """A warning that names which methods disagree about which layers; '' where none do."""
@@ -156,8 +199,8 @@ class ImportanceReport:
     def agreement(self, *, resamples: int = 1000) -> list[Agreement]:
         """Spearman's rho for each pair of methods with a 95 % percentile bootstrap interval over layers."""
         names = list(self.scores)
-        generator = np.random.default_rng(self.seed)
-        return [_agree(self.scores[a], self.scores[b], resamples, generator) for i, a in enumerate(names) for b in names[i + 1 :]]
+        generator, scores = np.random.default_rng(self.seed), self.coarsest().scores
+        return [_agree(scores[a], scores[b], resamples, generator) for i, a in enumerate(names) for b in names[i + 1 :]]
 
     def agreement_matrix(self, *, resamples: int = 1000) -> pd.DataFrame:
         """`agreement` as a table: ``matrix["rho"]`` is methods × methods; ``matrix["low"]`` and ``["high"]`` are its interval."""
@@ -254,6 +297,7 @@ def _agree(a: Scores, b: Scores, resamples: int, generator: np.random.Generator)
     common = [name for name in left if name in right]
     x = np.array([left[n] for n in common])
     y = np.array([right[n] for n in common])
+    resamples = min(resamples, max(MOST_DRAWN // max(len(common), 1), FEWEST_RESAMPLES))
     picks = generator.integers(0, max(len(common), 1), size=(resamples, len(common)))
     draws = spearman_rows(x[picks], y[picks]) if len(common) > 2 else np.empty(0)
     draws = draws[np.isfinite(draws)]

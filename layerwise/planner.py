@@ -58,7 +58,15 @@ class Planner:
     notes: list[str] = field(default_factory=list)
 
     def make(self) -> CompressionPlan:
-        """Raises `TargetMissed` (LW-T01) when no candidate meets every target, `UsageError` for a target without a figure."""
+        """Raises `TargetMissed` (LW-T01) when no candidate meets every target, `UsageError` for a target without a figure or a
+        report that does not rank blocks.
+        """
+        if "block" not in self.report.granularities:
+            raise UsageError(
+                f"The report ranks no blocks, only {' and '.join(self.report.granularities)}s, and a plan treats whole blocks.",
+                remedy="Analyze with granularity='block'.",
+            )
+        self.report = self.report.at("block")
         self.model.see(self.data[0])
         menu = self._menu()
         cut = next((m for m in menu if m.selective), None)

@@ -16,6 +16,7 @@ from layerwise.analyzers.random import RandomAnalyzer
 from layerwise.data import Data
 from layerwise.engine import AUTO
 from layerwise.errors import TargetMissed, UsageError
+from layerwise.importance import ImportanceReport
 from layerwise.model import UniversalModel
 from layerwise.scores import Status
 from tests.models import CASES, ResidualNet
@@ -183,3 +184,58 @@ def test_forward_with_hooks_and_the_layers_parameters_as_the_mission_names_them(
     assert model.get_layers() is model.layers
     with pytest.raises(UsageError, match=r"layers 0 … 3, not 4"):
         model.get_layer_parameters(4)
+
+
+def test_one_report_holds_several_granularities() -> None:
+    case = CASES["vit"]
+    report = lw.analyze(
+        case.model(), case.data(), ["gradient_based", "parameter_count"], granularity=("sublayer", "block", "head")
+    )
+    assert report.granularities == ("block", "sublayer", "head")
+    assert [len(report.at(g).layers) for g in report.granularities] == [4, 8, 8]
+    assert {x.parent for x in report.at("head").layers} == {x.name for x in report.at("block").layers}
+    assert report.removal is not None
+    assert set(report.removal.order) == {x.name for x in report.at("block").layers}
+    frame = report.to_frame()
+    for granularity, count in (("block", 4), ("sublayer", 8), ("head", 8)):
+        rows = frame[(frame.granularity == granularity) & (frame.method == "gradient_based")]
+        assert sorted(rows["rank"]) == list(range(1, count + 1)), "ranked among their own"
+        part = report.consensus().entries
+        assert {n: part[n] for n in rows.layer} == dict(report.at(granularity).consensus().entries)
+    assert str(ImportanceReport.from_dict(report.to_dict())) == str(report)
+    with pytest.raises(UsageError, match=r"granularity 'channel'"):
+        report.at("channel")
+
+
+def test_many_units_have_no_removal_curve_and_the_report_says_so() -> None:
+    case = CASES["vit"]
+    report = lw.analyze(case.model(), case.data(), "gradient_based", granularity="channel")
+    assert report.removal is None
+    assert report.metrics
+    assert any("No removal curve was measured: it would take 512 runs" in note for note in report.notes)
+
+
+def test_what_was_not_found_is_a_note_of_the_report() -> None:
+    report = lw.analyze(CASES["resnet"].model(), None, "parameter_count", granularity="sublayer")
+    assert "No residual branch was found in: layer2.0, layer3.0, layer4.0." in report.notes
+
+
+def test_a_plan_is_not_made_from_units() -> None:
+    case = CASES["vit"]
+    model = case.model()
+    report = lw.analyze(model, case.data(), "gradient_based", granularity="head")
+    with pytest.raises(UsageError, match="ranks no blocks, only heads"):
+        lw.plan(model, report, "params<=0.9x", case.data())
+
+
+def test_the_page_of_many_channels_shows_both_ends_and_says_so() -> None:
+    from layerwise.report.views import MOST_ROWS, heatmap
+
+    case = CASES["vit"]
+    report = lw.analyze(case.model(), case.data(), ["gradient_based", "weight_norm"], granularity="channel")
+    chart = heatmap(report)
+    assert (len(chart.layers), chart.hidden) == (MOST_ROWS, 512 - MOST_ROWS)
+    ranked = list(report.consensus().ranks())
+    assert set(chart.layers) == {*ranked[: MOST_ROWS // 2], *ranked[-MOST_ROWS // 2 :]}
+    page = report.to_html()
+    assert f"{512 - MOST_ROWS} of 512 layers stand between" in page

@@ -92,6 +92,10 @@ class DrawnAnswers(MomentsStatistic):
         super().__init__(inner.moments)
         self.inner = inner
 
+    def load_(self, state: Mapping[str, Tensor]) -> None:
+        super().load_(state)
+        self.inner.moments = self.moments  # the sweep adds to those of the inner one
+
     def walk(self, walk: Walk) -> None:
         model = copy.copy(walk.model)
         model.task = model.task if isinstance(model.task, Fidelity) else Fidelity()

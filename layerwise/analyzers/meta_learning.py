@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -12,10 +12,11 @@ from layerwise.analyzer import ANALYZERS, ImportanceAnalyzer, Signal, Statistic
 from layerwise.consensus import UNIT
 from layerwise.errors import UsageError, nearest
 from layerwise.model import UniversalModel
-from layerwise.scores import LayerScore
+from layerwise.scores import LayerScore, Status
 from layerwise.stacking import COMPONENTS, stacked, stackers, standing
 from layerwise.sweep import Seen
 
+ONLY_BLOCKS = "the stacker is fitted on whole blocks, and this is a part inside one"
 UNFITTED = "skip"  # an operation that may be named before a stacker was fitted for it
 JOINT = "/"
 
@@ -95,8 +96,12 @@ class MetaLearningAnalyzer(ImportanceAnalyzer):
 
     def score(self, model: UniversalModel, statistic: Composite) -> Mapping[str, LayerScore]:
         scores = {label: a.finish(model, statistic.parts.get(label), 0.0) for label, a in components().items()}
+        blocks = [layer for layer in model.layers if layer.site is None]
+        names = {layer.name for layer in blocks}
+        scores = {m: replace(s, entries={n: e for n, e in s.entries.items() if n in names}) for m, s in scores.items()}
         voters = {label: s for label, s in scores.items() if not s.settings.get("baseline")}
-        return stacked(model.layers, scores, voters, self.op).entries
+        units = {x.name: LayerScore.missing(Status.NOT_APPLICABLE, ONLY_BLOCKS) for x in model.layers if x.site is not None}
+        return {**stacked(blocks, scores, voters, self.op).entries, **units} if blocks else units
 
 
 def components() -> dict[str, ImportanceAnalyzer]:

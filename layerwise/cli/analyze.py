@@ -16,22 +16,25 @@ DATA = (
 KEYS = (*MODEL, *DATA)
 
 
-@verb(*KEYS, "methods", "executor", "timeout", "force", needs=("model",))
+@verb(*KEYS, "methods", "granularity", "executor", "timeout", "force", needs=("model",))
 def command(config: RunConfig, screen: Screen) -> None:
     """Without --data only methods that read weights can be used. --out FILE.json keeps the report for `plan`."""
     from layerwise import engine
     from layerwise.files import write_atomic
     from layerwise.run import methods_of
+    from layerwise.units import granularities
 
     sources = checked(config)
     out = checks.output(config.out, sources, force=config.force) if config.out else None
     engine.chosen_analyzers(methods_of(config.methods))  # an unknown name is told before minutes of loading
+    granularities(config.granularity)
     model = open_model(config, screen)
     data = open_data(config, model, screen)
     with screen.progress("Ranking the layers") as progress:
         report = engine.analyze(
-            model, data, methods_of(config.methods), seed=config.seed, progress=progress, executor=config.executor
-        )
+            model, data, methods_of(config.methods), seed=config.seed, progress=progress, executor=config.executor,
+            granularity=config.granularity,
+        )  # fmt: skip
     if out:
         write_atomic(out, report.to_json() + "\n")
     screen.document(report.to_dict())

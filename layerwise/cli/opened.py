@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from layerwise.result import CompressionResult
 
 
+MOST_ROWS = 120  # of one granularity: blocks of the deepest models, not every channel
+
+
 def checked(config: RunConfig) -> list[Path]:
     """The inputs, after all that can be checked without loading them; see `layerwise.cli.checks`."""
     found = checks.inputs(config)
@@ -50,28 +53,41 @@ def show_report(report: ImportanceReport, screen: Screen) -> None:
     """The layers from most to least important by consensus, with the rank that each method gives them."""
     from layerwise.report import formats
 
-    consensus = report.consensus()
-    ranks = {method: scores.ranks() for method, scores in report.scores.items()}
+    letters = {method: chr(ord("a") + i) if i < 26 else str(i) for i, method in enumerate(report.scores)}
+    columns = ["rank", "layer", "kind", "parameters", *letters.values()]
+    on = f"{report.model} on {report.data or 'no data'}"
+    for part in map(report.at, report.granularities):
+        rows = _ranked(part)
+        word = "layers" if part.granularities == ("block",) else f"{part.granularities[0]}s"
+        screen.say(f"{on}: {len(rows)} {word}, most important first (1 = most important)")
+        if len(rows) > MOST_ROWS:
+            screen.say(f"{MOST_ROWS // 2} of each end are shown; --out FILE.json keeps them all.")
+            rows = [*rows[: MOST_ROWS // 2], [formats.DASH] * len(columns), *rows[-MOST_ROWS // 2 :]]
+        screen.table(columns, rows, right=" ".join(c for c in columns if c not in {"layer", "kind"}))
+    screen.say("  ".join(f"{letter} = {method}" for method, letter in letters.items()))
+    for note in (report.disagreement(), *report.notes):
+        if note:
+            screen.say(note)
+
+
+def _ranked(report: ImportanceReport) -> list[list[str]]:
+    """The table's rows: place, name, kind, parameters and the rank that each method gives."""
+    from layerwise.report import formats
+
+    placed = report.consensus().ranks()
+    ranks = [scores.ranks() for scores in report.scores.values()]
     infos = {layer.name: layer for layer in report.layers}
-    order = [*consensus.ranks(), *(name for name in infos if name not in consensus.ranks())]
-    rows = [
+    order = [*placed, *(name for name in infos if name not in placed)]
+    return [
         [
             str(position),
             name,
             infos[name].kind,
             formats.count(infos[name].parameters),
-            *(str(found.get(name, formats.DASH)) for found in ranks.values()),
+            *(str(found.get(name, formats.DASH)) for found in ranks),
         ]
         for position, name in enumerate(order, start=1)
     ]
-    letters = {method: chr(ord("a") + i) if i < 26 else str(i) for i, method in enumerate(ranks)}
-    screen.say(f"{report.model} on {report.data or 'no data'}: {len(infos)} layers, most important first (1 = most important)")
-    columns = ["rank", "layer", "kind", "parameters", *letters.values()]
-    screen.table(columns, rows, right=" ".join(c for c in columns if c not in {"layer", "kind"}))
-    screen.say("  ".join(f"{letter} = {method}" for method, letter in letters.items()))
-    for note in (report.disagreement(), *report.notes):
-        if note:
-            screen.say(note)
 
 
 def show_plan(plan: CompressionPlan, screen: Screen) -> None:

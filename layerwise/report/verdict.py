@@ -260,7 +260,7 @@ def removal(story: Story) -> Iterator[Statement]:
     if curve is None or len(curve.values) < 2:
         return
     before, after = (formats.figure(curve.metric, v) for v in (curve.values[0], curve.values[-1]))
-    k, total = len(curve.values) - 1, len(story.report.layers)
+    k, total = len(curve.values) - 1, len(story.report.coarsest().layers)
     yield Statement(
         "info", story.say("removal.said", k=k, total=total, metric=story.metric(curve.metric), before=before, after=after)
     )
@@ -268,7 +268,7 @@ def removal(story: Story) -> Iterator[Statement]:
 
 def layers(story: Story) -> Iterator[Statement]:
     """The ends of the consensus ranking, the caveat, and what has no score."""
-    say, report = story.say, story.report
+    say, report = story.say, story.report.coarsest()
     ranked = list(report.consensus().ranks())
     shown = min(NAMED, len(ranked) // 2)
     if shown:
@@ -276,7 +276,9 @@ def layers(story: Story) -> Iterator[Statement]:
         yield Statement("info", say("layers.top", names=say("comma").join(names[:shown])))
         lowest = say("layers.low", names=say("comma").join(reversed(names[-shown:])))
         yield Statement("info", f"{lowest} {say('layers.caveat')}")
-    entries = [e for s in report.scores.values() for e in s.entries.values()]
+    if story.heatmap.hidden:
+        yield Statement("info", say("layers.hidden", hidden=story.heatmap.hidden, total=len(story.report.layers)))
+    entries = [e for s in story.report.scores.values() for e in s.entries.values()]
     lost = sum(e.status is not Status.OK for e in entries)
     if lost:
         failed = sum(e.status is Status.FAILED for e in entries)

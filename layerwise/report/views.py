@@ -18,6 +18,7 @@ from layerwise.target import QUALITIES
 CONSENSUS = "consensus"
 DRAWN_PAIRS = 40  # more rows than this cannot be read; the table has them all
 RESAMPLES = 400
+MOST_ROWS = 120  # layers of one granularity that the page shows: blocks of the deepest models, not every channel
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Heatmap:
     layers: tuple[str, ...]
     methods: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    hidden: int = 0  # layers that neither end of the ranking holds
 
     @property
     def has_consensus(self) -> bool:
@@ -91,24 +93,38 @@ def heatmap(report: ImportanceReport) -> Heatmap:
     columns = dict(report.scores)
     if len(report.voters()) > 1 and CONSENSUS not in columns:
         columns[CONSENSUS] = report.consensus()
-    layers = tuple(layer.name for layer in report.layers)
-    cells = [_cells(scores, layers) for scores in columns.values()]
-    return Heatmap(layers, tuple(columns), tuple(zip(*cells, strict=True)) if cells else ((),) * len(layers))
+    layers = _shown(report)
+    cells = [_cells(report, scores, layers) for scores in columns.values()]
+    rows = tuple(zip(*cells, strict=True)) if cells else ((),) * len(layers)
+    return Heatmap(layers, tuple(columns), rows, len(report.layers) - len(layers))
 
 
-def _cells(scores: Scores, layers: Iterable[str]) -> list[Cell]:
-    ranks = scores.ranks()
-    below = max(len(ranks) - 1, 1)
+def _shown(report: ImportanceReport) -> tuple[str, ...]:
+    """The layers in order; of a granularity with more than `MOST_ROWS` the most and the least important ones."""
+    names: list[str] = []
+    for part in map(report.at, report.granularities):
+        layers = [layer.name for layer in part.layers]
+        if len(layers) > MOST_ROWS:
+            ranked = list(part.consensus().ranks()) or layers
+            ends = {*ranked[: MOST_ROWS // 2], *ranked[-MOST_ROWS // 2 :]}
+            layers = [name for name in layers if name in ends]
+        names += layers
+    return tuple(names)
+
+
+def _cells(report: ImportanceReport, scores: Scores, layers: Iterable[str]) -> list[Cell]:
+    ranks = report.ranks(scores)
     lost = LayerScore.missing(Status.FAILED, "the method returned nothing for this layer")
     return [
-        Cell(scores.entries.get(n, lost), scores.unit, rank, len(ranks), math.nan if rank is None else 1 - (rank - 1) / below)
+        Cell(scores.entries.get(n, lost), scores.unit, rank, of, math.nan if rank is None else 1 - (rank - 1) / max(of - 1, 1))
         for n in layers
-        for rank in [ranks.get(n)]
+        for rank, of in [ranks.get(n, (None, 0))]
     ]
 
 
 def concord(report: ImportanceReport) -> Concord:
     """Agreement of each pair, least first, and the median over voting methods with a bootstrap interval over layers."""
+    report = report.coarsest()
     pairs = sorted(report.agreement(), key=lambda p: (math.isnan(p.rho), p.rho))
     voting = report.voters()
     finite = [p for p in pairs if math.isfinite(p.rho) and p.first in voting and p.second in voting]

@@ -80,6 +80,8 @@ ENGLISH = {
         "A low score is a reason to try removing a layer, not a proof that it can go: only measuring the cut model tells."
     ),
     "layers.missing": "{missing} of {total} scores are missing ({failed} failed). A layer without a score is not a safe layer.",
+    "layers.hidden": "{hidden} of {total} layers stand between the most and the least important ones and are not shown here; "
+    "the saved report holds them.",
     "removal.said": "Skipping {k} of {total} layers in the measured order moves {metric} from {before} to {after}.",
     # tiles
     "tile.size": "size",
@@ -285,6 +287,7 @@ CHINESE = {
     "layers.low": "综合来看最不重要的层：{names}。",
     "layers.caveat": "分数低说明可以尝试移除该层，但不能证明它可以移除：只有测量裁剪后的模型才能知道。",
     "layers.missing": "{total} 个分数中缺少 {missing} 个（其中 {failed} 个计算失败）。没有分数的层并不是可以放心移除的层。",
+    "layers.hidden": "共 {total} 层，其中 {hidden} 层介于最重要与最不重要的层之间，此处不显示；保存的报告中包含全部层。",
     "removal.said": "按测量顺序跳过 {total} 层中的 {k} 层，{metric}从 {before} 变为 {after}。",
     "tile.size": "大小",
     "tile.points": "{metric}（百分点）",

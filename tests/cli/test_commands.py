@@ -94,6 +94,15 @@ def test_a_missed_target_exits_with_1(base: list[str], tmp_path: Path, capsys: p
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("LW-T")
 
 
+def test_finer_granularity_is_a_flag_and_each_size_has_a_table(base: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["analyze", *base, "--methods", "gradient_based", "--granularity", "block,channel"]) == 0
+    said = capsys.readouterr().out
+    assert " layers, most important first" in said
+    assert " channels, most important first" in said
+    assert main(["analyze", *base, "--granularity", "chanel"]) == 2
+    assert "channel" in capsys.readouterr().err
+
+
 def test_weights_only_methods_need_no_data(project: Project, as_json: Json) -> None:
     timm = "timm:vit_tiny_patch16_224?img_size=8&patch_size=2&in_chans=1&embed_dim=64&depth=2&num_heads=4&num_classes=10"
     assert list(as_json("analyze", timm, "--methods", "weight_norm,depth")["scores"]) == ["weight_norm", "depth"]
