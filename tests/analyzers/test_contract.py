@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from layerwise.analyzer import ANALYZERS, ImportanceAnalyzer
 from layerwise.data import Batch, Data
 from layerwise.errors import UserModelError
+from layerwise.feeding import Feeder
 from layerwise.model import UniversalModel
 from layerwise.observe import observe
 from layerwise.scores import Status
@@ -105,9 +106,13 @@ def test_merged_shards_equal_one_pass(name: str) -> None:
     case = case_for(name)
     model = case.model(Classification())
     whole, left, right = (analyzer.statistic(model) for _ in range(3))
-    batches = [case.batch(5), case.batch(6)]
-    for statistic, part in ((whole, batches), (left, batches[:1]), (right, batches[1:])):
-        observe(model, Data.of(part), {"x": statistic})
+    data = case.data(5, 6)
+    model.see(data[0])
+    for statistic, numbers in ((whole, [0, 1]), (left, [0]), (right, [1])):
+        feeder = Feeder(model, {"x": statistic}, data, seed=0)
+        for number in numbers:  # of the batch in the whole data set: samples are chosen by their numbers there
+            feeder.feed(number)
+        feeder.finish()
     left.merge_(right)
     merged, expected = analyzer.finish(model, left, 0), analyzer.finish(model, whole, 0)
     for name in expected.usable():
@@ -171,7 +176,7 @@ def test_a_layer_that_no_gradient_reaches_is_not_scored_zero(analyzer: Importanc
 
     model = UniversalModel(Detached(), task=Classification(), example=vectors()(2))
     scores = analyzer.analyze(model, Data.of([vectors()(6)]))
-    if analyzer.method in {"fisher_information", "gradient_based", "attention_analysis", "layer_conductance"}:
+    if analyzer.method in {"fisher_information", "gradient_based", "gradient_flow", "attention_analysis", "layer_conductance"}:
         assert scores.entries["blocks.0"].status is Status.NOT_APPLICABLE
         assert "no gradient" in scores.entries["blocks.0"].reason
     else:
