@@ -147,6 +147,14 @@ def test_any_number_of_leading_dimensions_is_rows_and_heads(shape: tuple[int, ..
     torch.testing.assert_close(mixed.float().reshape(shape), F.scaled_dot_product_attention(q, k, v, mask, scale=0.7))
 
 
+def test_grouped_keys_and_values_belong_to_neighbouring_queries() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 6, 5, 4), torch.randn(2, 2, 5, 4), torch.randn(2, 2, 5, 4)
+    call = Fused(q, k, v, None, True, None)
+    mixed = call.weights(slice(0, 5))[0] @ call.value.double()
+    torch.testing.assert_close(mixed.float(), F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+
+
 def test_the_same_call_in_smaller_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = torch.randn(3, 2, 2, 7, 8).unbind(0)
     mask = torch.randn(2, 1, 7, 7)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from layerwise.analyzer import ANALYZERS
 from layerwise.analyzers.attention_analysis import (
+    SLOPES,
     UNITS,
     AttentionAnalyzer,
     SlopeStatistic,
@@ -18,7 +19,7 @@ from layerwise.analyzers.attention_analysis import (
     distance,
     focus,
 )
-from layerwise.attention_maps import AttentionCall, Fused
+from layerwise.attention_maps import AttentionCall, Explicit, Fused
 from layerwise.data import Batch, Data
 from layerwise.errors import UsageError
 from layerwise.model import UniversalModel
@@ -133,7 +134,12 @@ def naive(measure: str, maps: list[Tensor], gradients: list[Tensor], keep: Tenso
 def test_scores_equal_the_naive_loop_over_the_models_own_maps(measure: Any, implementation: str) -> None:
     case = CASES["bert"]
     batch, model = case.batch(4), case.model(Classification())
-    expected = naive(measure, *attentions(case.model(), batch))
+    twin = case.model()
+    for module in (model.module, twin.module):
+        for name, parameter in module.named_parameters():
+            if "query.weight" in name or "key.weight" in name:
+                parameter.data *= 25  # maps of random weights are all but uniform, and then any two of them commute
+    expected = naive(measure, *attentions(twin, batch))
     model.module.set_attn_implementation(implementation)
     scores = AttentionAnalyzer(measure=measure).analyze(model, Data.of([batch]))
     assert list(scores.values()) == pytest.approx(expected, rel=2e-4)
@@ -200,6 +206,16 @@ def test_a_batch_that_failed_half_way_leaves_nothing() -> None:
     statistic._batch.add_(0, torch.ones(4), torch.ones(4))
     statistic.load_(statistic.state())
     assert not statistic._batch.found
+
+
+@pytest.mark.parametrize("measure", SLOPES)
+def test_a_row_without_keys_adds_nothing_to_a_slope(measure: str) -> None:
+    scores = torch.randn(2, 2, 3, 3)
+    scores[:, :, 1] = float("-inf")
+    call = Explicit(scores.softmax(-1), None)
+    call.samples, call.keep, call.gradient = 2, torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 2, 3, 3)
+    call.gradient[:, :, 1] = math.nan
+    assert SLOPES[measure](call).tolist() == pytest.approx([2 * 2.0] * 2)
 
 
 def test_one_head_has_nobody_to_agree_with_and_that_is_said() -> None:
