@@ -1,4 +1,4 @@
-"""The command line: ``layerwise inspect | analyze | plan | compress | export | run | leaderboard | methods | demo``.
+"""The command line: ``layerwise inspect | analyze | plan | compress | export | run | leaderboard | methods | demo | benchmark``.
 
 Decision: this module imports typer and nothing of ours but the errors. Each command is a module of its own, imported when it
 is called, so that ``layerwise --help`` answers at once. Every error leaves through `main` as one line with a stable exit code.
@@ -29,6 +29,7 @@ COMMANDS = {
     "leaderboard": "Show the results recorded so far, best first.",
     "methods": "List every analyzer, compression method, exporter and adapter.",
     "demo": "Train a small vision transformer on handwritten digits and do the whole walk with it.",
+    "benchmark": "Measure how faithful the methods are: their rankings against the damage of hurting each layer.",
 }
 # typer brings its own copy of click since 0.26; this base class is the same place in both
 ClickError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")

@@ -1,4 +1,5 @@
-"""The tables. `Run`: one compression that was measured; `LayerScoreRow`: what one method said of one layer.
+"""The tables. `Run`: one compression that was measured; `LayerScoreRow`: what one method said of one layer;
+`FaithfulnessRow`: how well one method ordered one model's layers in a benchmark.
 
 Decision: what is filtered and joined on is a column, what is only read back is JSON (JSONB on PostgreSQL). Numbers that
 JSON lacks (NaN of a proof that measures nothing, an infinite perplexity) are wrapped, so that they come back as they went.
@@ -139,3 +140,32 @@ class LayerScoreRow(Base):
     status: Mapped[str] = mapped_column(String(16))
     seconds: Mapped[float] = mapped_column(Double)
     samples: Mapped[int]
+
+
+class FaithfulnessRow(Base):
+    """How well one method's scores order one model's layers by a measured damage, in the benchmark with this digest.
+
+    `rho`, `low`, `high`: Spearman and its 95 % interval over samples; `tau`: Kendall; `p`: by permutation; `partial`: given depth
+    and log parameters; `score`: rho / √reliability. The protocol is that of `layerwise.benchmark`.
+    """
+
+    __tablename__ = "faithfulness"
+    __table_args__ = (UniqueConstraint("benchmark", "model", "method", "damage", "metric", name="uq_faithfulness_entry"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    benchmark: Mapped[str] = mapped_column(String(64))
+    created: Mapped[datetime] = mapped_column(UTCDateTime)
+    protocol: Mapped[int]
+    model: Mapped[str] = mapped_column(Text, index=True)
+    domain: Mapped[str] = mapped_column(String(16))
+    method: Mapped[str] = mapped_column(Text, index=True)
+    damage: Mapped[str] = mapped_column(String(32))
+    metric: Mapped[str] = mapped_column(String(32))
+    layers: Mapped[int]
+    rho: Mapped[float] = mapped_column(Double)
+    low: Mapped[float | None] = mapped_column(Double)
+    high: Mapped[float | None] = mapped_column(Double)
+    tau: Mapped[float | None] = mapped_column(Double)
+    p: Mapped[float | None] = mapped_column(Double)
+    partial: Mapped[float | None] = mapped_column(Double)
+    score: Mapped[float | None] = mapped_column(Double)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 PACKAGES = (
     "layerwise", "torch", "numpy", "transformers", "timm", "torchvision", "torchaudio", "torchao", "torch-pruning", "onnxruntime",
 )  # fmt: skip
+FIGURES = ("low", "high", "tau", "p", "partial", "score")
+CORRELATION = ("model", "method", "damage", "metric", "layers", "rho", *FIGURES)
 REPORTED: dict[str, Any] = {
     "domain": "other",
     "data": "",
@@ -124,6 +126,22 @@ def score_values(report: ImportanceReport) -> tuple[str, list[dict[str, Any]]]:
     return name, rows
 
 
+def faithfulness_values(results: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    """The digest of a benchmark's correlations and the columns of one `FaithfulnessRow` for each of them.
+
+    `results` are those of ``layerwise benchmark faithfulness``. Raises `UsageError` for anything else.
+    """
+    absent = [key for key in ("protocol", "subjects", "correlations") if key not in results]
+    if absent:
+        raise UsageError(f"These are no results of the faithfulness benchmark: {absent[0]!r} is absent.")
+    protocol, entries = results["protocol"], results["correlations"]
+    name, created = digest([protocol, entries]), datetime.now(UTC)
+    domains = {subject["model"]: known_domain(subject["domain"]) for subject in results["subjects"]}
+    fixed = {"benchmark": name, "created": created, "protocol": int(protocol["version"])}
+    rows = [fixed | {"domain": domains[entry["model"]]} | {key: entry[key] for key in CORRELATION} for entry in entries]
+    return name, [row | {key: _known(row[key]) for key in FIGURES} for row in rows]
+
+
 def digest(values: Any) -> str:
     """SHA-256 (hex) over the canonical JSON of `values`."""
     text = json.dumps(plain(values), sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -170,3 +188,7 @@ def _is_number(value: object) -> bool:
 
 def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
+
+
+def _known(value: float | None) -> float | None:
+    return None if value is None else _finite(value)

@@ -21,7 +21,7 @@ from layerwise.tracking.address import describe, sqlite_file
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0001"  # the newest revision below `migrations/versions`
+HEAD = "0002"  # the newest revision below `migrations/versions`
 VERSION_TABLE = "layerwise_version"  # not Alembic's default name: another application's table is not mistaken for ours
 MIGRATIONS = Path(__file__).with_name("migrations")
 WRITE = "layerwise_write"  # execution option: begin by taking the write lock

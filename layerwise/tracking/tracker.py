@@ -9,15 +9,15 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import Engine, insert, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from layerwise.errors import UsageError, nearest
 from layerwise.result import CompressionResult
 from layerwise.tracking.address import describe, resolve
 from layerwise.tracking.database import BUSY_SECONDS, LOST_SECONDS, open_database, transact
 from layerwise.tracking.leaderboard import rank, to_frame
-from layerwise.tracking.models import DOMAINS, LayerScoreRow, Run
-from layerwise.tracking.record import measured_values, reported_values, score_values
+from layerwise.tracking.models import DOMAINS, FaithfulnessRow, LayerScoreRow, Run
+from layerwise.tracking.record import FIGURES, faithfulness_values, measured_values, reported_values, score_values
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -146,6 +146,26 @@ class PerformanceTracker:
         rows = self._read(lambda session: [tuple(row) for row in session.execute(query)])
         return pd.DataFrame(rows, columns=names).astype({"rank": "Int64"})
 
+    def record_faithfulness(self, results: Mapping[str, Any]) -> str:
+        """Store the correlations of ``layerwise benchmark faithfulness`` and return their digest; once, however often told.
+
+        Raises `UsageError` for what is no such result.
+        """
+        digest, rows = faithfulness_values(results)
+        self._write(lambda session: _store_once(session, FaithfulnessRow.benchmark, digest, rows))
+        return digest
+
+    def faithfulness(self, *, model: str | None = None, method: str | None = None, benchmark: str | None = None) -> pd.DataFrame:
+        """Stored correlations, one row per benchmark, model, method, damage and metric, as they were recorded."""
+        import pandas as pd
+
+        names = [column.key for column in FaithfulnessRow.__table__.columns if column.key != "id"]
+        chosen = {FaithfulnessRow.model: model, FaithfulnessRow.method: method, FaithfulnessRow.benchmark: benchmark}
+        query = select(*(getattr(FaithfulnessRow, name) for name in names)).order_by(FaithfulnessRow.id)
+        query = query.where(*(column == value for column, value in chosen.items() if value is not None))
+        rows = self._read(lambda session: [tuple(row) for row in session.execute(query)])
+        return pd.DataFrame(rows, columns=names).astype(dict.fromkeys(FIGURES, "float64"))
+
     def close(self) -> None:
         """Give the connections back; the next call opens new ones."""
         engine = vars(self).pop("engine", None)
@@ -183,9 +203,14 @@ def _store(
 
 
 def _store_scores(session: Session, digest: str, rows: list[dict[str, Any]]) -> None:
-    known = session.scalar(select(LayerScoreRow.id).where(LayerScoreRow.report == digest).limit(1))
+    _store_once(session, LayerScoreRow.report, digest, rows)
+
+
+def _store_once(session: Session, key: InstrumentedAttribute[str], digest: str, rows: list[dict[str, Any]]) -> None:
+    """The rows of one digest, all of them, unless they are there."""
+    known = session.scalar(select(key).where(key == digest).limit(1))
     if known is None and rows:
-        session.execute(insert(LayerScoreRow), rows)
+        session.execute(insert(key.class_), rows)
 
 
 def _run(session: Session, id: int) -> Run:

@@ -22,8 +22,8 @@ STEP = """
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002"
-down_revision = "0001"
+revision = "0003"
+down_revision = "0002"
 
 
 def upgrade():
@@ -39,12 +39,12 @@ def downgrade():
 
 
 def next_version(folder: Path, monkeypatch: pytest.MonkeyPatch, last: str) -> None:
-    """A layerwise whose newest schema is revision 0002, which ends with the statement `last`."""
+    """A layerwise whose newest schema is revision 0003, which ends with the statement `last`."""
     copy = folder / "migrations"
     shutil.copytree(schema.MIGRATIONS, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    (copy / "versions" / "r0002_notes.py").write_text(STEP.format(last=last))
+    (copy / "versions" / "r0003_notes.py").write_text(STEP.format(last=last))
     monkeypatch.setattr(schema, "MIGRATIONS", copy)
-    monkeypatch.setattr(schema, "HEAD", "0002")
+    monkeypatch.setattr(schema, "HEAD", "0003")
 
 
 def shape(file: Path) -> list[tuple[str, str]]:
@@ -75,7 +75,7 @@ def test_a_migration_that_fails_leaves_the_old_schema(tmp_path: Path, monkeypatc
         with pytest.raises(DatabaseError, match="the lights went out") as caught:
             open_database(f"sqlite:///{file}")
     assert caught.value.code == "LW-B17"
-    backup = tmp_path / "board.db.backup-0001"
+    backup = tmp_path / "board.db.backup-0002"
     assert str(backup) in str(caught.value)
     assert shape(file) == shape(backup) == old
     with PerformanceTracker(f"sqlite:///{file}") as tracker:  # the old version works as before
@@ -93,10 +93,10 @@ def test_a_migration_that_succeeds_keeps_the_old_rows_in_the_backup(tmp_path: Pa
         engine = open_database(f"sqlite:///{file}")
         with engine.connect() as connection:
             assert connection.execute(text("SELECT mood FROM runs")).scalar() == "changed"
-            assert schema.revision_of(connection) == "0002"
+            assert schema.revision_of(connection) == "0003"
         engine.dispose()
-    assert shape(tmp_path / "board.db.backup-0001") == old
-    with pytest.raises(DatabaseError, match="newer") as caught:  # this version does not know 0002
+    assert shape(tmp_path / "board.db.backup-0002") == old
+    with pytest.raises(DatabaseError, match="newer") as caught:  # this version does not know 0003
         open_database(f"sqlite:///{file}")
     assert caught.value.code == "LW-B102"
 
