@@ -62,7 +62,7 @@ def _over_models(records: Sequence[Record], key: str) -> tuple[float, float, flo
 def _means(records: Iterable[Record]) -> dict[str, Any]:
     mine = list(records)
     ran = [r for r in mine if not r["failure"]]
-    mean = {key: _mean([r[key] for r in ran]) for key in ("passes", "coverage", "stability", "noise", "auc", "saved")}
+    mean = {key: _mean([r.get(key) for r in ran]) for key in ("passes", "coverage", "stability", "noise", "auc", "beats")}
     checked = [r["changed"] for r in ran if r["changed"] is not None]
     return mean | {"ran": len(ran), "failures": len(mine) - len(ran), "changed": all(checked) if checked else None}
 
@@ -75,12 +75,12 @@ def _mean(values: Collection[float | None]) -> float:
 def auto_rule(results: Mapping[str, Any]) -> tuple[str, ...]:
     """The methods of ``methods="auto"``, the yardstick last, by the rule of the protocol."""
     table = {r["method"]: r for r in overall(results)}
-    subjects = len(results["subjects"])
+    judged = max(r["models"] for r in table.values())
     candidates = [
         m
         for m, r in table.items()
         if m in results["defaults"] and m not in COMPOSITE and not math.isnan(r["rho"])
-        if r["ran"] >= AUTO_COVERAGE * subjects and r["passes"] <= AUTO_PASSES
+        if r["models"] >= AUTO_COVERAGE * judged and r["passes"] <= AUTO_PASSES
     ]
     chosen: list[str] = []
     best = 0.0

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.analyzer import ANALYZERS
+from layerwise.benchmark import figures, ranks, study
 from layerwise.benchmark.choice import auto_rule
 from layerwise.benchmark.contenders import contenders, source_of
-from layerwise.benchmark.figures import subject_records
 from layerwise.benchmark.page import page
 from layerwise.benchmark.protocol import Protocol
 from layerwise.benchmark.store import Store
-from layerwise.benchmark.study import Study
 from layerwise.benchmark.subjects import SUBJECTS, Subject
 from layerwise.config import RunConfig
 from layerwise.environment import environment
@@ -72,13 +71,15 @@ def _examined(
 ) -> dict[str, Any]:
     """The subject's records: from the store where every method's code is as it was."""
     store = Store(folder / subject.name, json.dumps(protocol.to_dict(), sort_keys=True))
-    key = hashlib.sha256("".join(f"{k}{source_of(a)}" for k, a in judged.items()).encode()).hexdigest()[:16]
+    code = "".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in (figures, ranks, study))
+    key = hashlib.sha256("".join([code, *(f"{k}{source_of(a)}" for k, a in judged.items())]).encode()).hexdigest()[:16]
 
     def tell(what: str, done: int, total: int) -> None:
         progress(f"{subject.name}: {what}", done, total)
 
     def examine() -> dict[str, Any]:
-        return subject_records(Study(subject, protocol, store, tell).examine(judged), protocol)
+        raw = study.Study(subject, protocol, store, tell).examine(judged)
+        return figures.subject_records(raw, protocol)
 
     found: dict[str, Any] = store.once("records", examine, key)
     return found

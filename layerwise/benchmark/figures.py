@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,7 +127,8 @@ def rows(study: Mapping[str, Any], targets: Sequence[Target]) -> list[Record]:
 def method_records(study: Mapping[str, Any]) -> list[Record]:
     """One record per method: cost, coverage, stability, sanity, curve, allocation; or its failure."""
     gap = _gap(study["curves"])
-    base = float(np.mean(study["allocation"]["random rankings"]))
+    able = {x["layer"] for x in study["layers"] if x["skippable"]}
+    every = {x["layer"] for x in study["layers"]}
     records = []
     for method, found in study["methods"].items():
         record: Record = {"model": study["model"], "method": method, "failure": found.get("failure", "")}
@@ -139,10 +140,12 @@ def method_records(study: Mapping[str, Any]) -> list[Record]:
                 "stability": _agreement(found["scores"], found.get("second", {})),
                 "noise": _agreement(found["scores"], found.get("noise", {})),
                 "changed": _changed(found["scores"], found.get("noise", {})),
-                "auc": None if gap is None else (study["curves"]["methods"][method] - gap[0]) / gap[1],
-                "dce": study["allocation"]["methods"][method]["dce"],
-                "saved": (base - study["allocation"]["methods"][method]["dce"]) / base if base > 0 else math.nan,
             }
+            if gap is not None and _covers(found["scores"], able):
+                record["auc"] = (study["curves"]["methods"][method] - gap[0]) / gap[1]
+            if _covers(found["scores"], every):
+                dce = study["allocation"]["methods"][method]["dce"]
+                record |= {"dce": dce, "beats": _beaten(dce, study["allocation"]["random rankings"])}
         records.append(record)
     return records
 
@@ -152,6 +155,15 @@ def _gap(curves: Mapping[str, Any]) -> tuple[float, float] | None:
     chance = float(np.mean(curves["random orders"]))
     gap = curves["methods"]["greedy"] - chance
     return (chance, gap) if gap >= LEAST_GAP else None
+
+
+def _covers(scores: Mapping[str, float], layers: Collection[str]) -> bool:
+    return len(scores.keys() & layers) >= LEAST_COVERAGE * len(layers)
+
+
+def _beaten(dce: float, others: Sequence[float]) -> float:
+    """The share of `others` that are worse, ties counting half."""
+    return float(np.mean([(dce < other) + 0.5 * (dce == other) for other in others]))
 
 
 def _agreement(first: Mapping[str, float], second: Mapping[str, float]) -> float:

@@ -149,8 +149,8 @@ def _by_damage(table: Sequence[Record]) -> str:
 def _uses_legend() -> str:
     return (
         "`curve`: area under the removal curve, 0 for random orders and 1 for the greedy one, mean over models. "
-        "`allocation`: the share of the loss increase of random rankings that this ranking saves at the same mean of "
-        f"{rules.MEAN_BITS} bits (negative: worse than random). `passes`: cost over the calibration data, a forward being 1. "
+        "`allocation`: the share of random rankings whose loss increase at the same mean of "
+        f"{rules.MEAN_BITS} bits is higher (0.5: chance). `passes`: cost over the calibration data, a forward being 1. "
         "`stability`: rank correlation between two disjoint calibration sets. `noise`: rank correlation with the scores of "
         "weights drawn anew (near 0 is right); `changes`: whether those scores differ at all. "
         "`failed`: subjects on which the method broke."
@@ -160,7 +160,7 @@ def _uses_legend() -> str:
 def _uses(table: Sequence[Record]) -> str:
     lines = [
         [
-            _name(r), _number(r["auc"]), _percent(r["saved"]), _number(r["passes"], 1), _number(r["stability"]),
+            _name(r), _number(r["auc"]), _number(r["beats"]), _number(r["passes"], 1), _number(r["stability"]),
             _number(r["noise"]), {True: "yes", False: "no", None: DASH}[r["changed"]], str(r["failures"]),
         ]
         for r in table
@@ -254,10 +254,6 @@ def _is(value: float | None) -> bool:
 
 def _number(value: float | None, digits: int = 2) -> str:
     return f"{value:.{digits}f}".replace("-", "−") if value is not None and not math.isnan(value) else DASH
-
-
-def _percent(value: float | None) -> str:
-    return f"{100 * value:.0f} %".replace("-", "−") if value is not None and not math.isnan(value) else DASH
 
 
 def _p(value: float | None) -> str:

@@ -11,7 +11,6 @@ backwards is wrong.
 model whole:
 
 - ``skip``: the layer passes its input on (only layers that keep the shape);
-
 - ``w4``, ``w3``, ``w2``: its weight matrices and kernels rounded to nearest, symmetric, one scale per output
   channel;
 - ``prune50``: the half of each of them that is smallest by |w| is set to 0;
@@ -46,13 +45,14 @@ own.
 
 **Removal curve** (``skip``): q(k) is the mean over samples of exp(−loss per unit of weight) after the k least
 important layers are skipped; A is the mean of q over k; (A − A_random) / (A_greedy − A_random), where random is the
-mean over `RANDOM_ORDERS` orders and greedy removes at each step what costs least on calibration A. Left out where
+mean over `random_orders` orders and greedy removes at each step what costs least on calibration A. Left out where
 A_greedy − A_random < `LEAST_GAP`. Layers without a score are removed last, ties in the order of the model.
 
 **Allocation**: one solver gives every method's ranking the same bits: minimize Σ rank · 4^(−bits) over bits ∈
 `BITS` with a mean of at most `MEAN_BITS` per weight; layers without a score share the mean rank. Then all layers
-are rounded at once, and dce is measured. Reported as the difference to the mean over `RANDOM_ORDERS` random
-rankings in units of that mean, and beside it what one width of `MEAN_BITS` everywhere gives.
+are rounded at once, and dce is measured. Reported as the share of `random_orders` random rankings whose dce is
+higher (ties count half), and beside it what one width of `MEAN_BITS` everywhere gives. Curves and allocations are
+those of methods with a score for at least `LEAST_COVERAGE` of the layers in question.
 
 **Cost** in passes over the data: F = 1 forward, a backward = 2, and for methods that intervene block calls /
 layers, from `Counts` when the method runs alone. **Stability**: rank correlation between the scores from A and from
@@ -64,7 +64,7 @@ Baselines: `BASELINES`.
 
 **The rule for methods="auto"** (`auto_rule` in `layerwise.benchmark.choice`): candidates are registered analyzers
 with default settings that are no baseline, are not themselves built from other methods or fitted on these results
-(`COMPOSITE`), have a combined rho, succeeded on at least `AUTO_COVERAGE` of the subjects, and cost at most
+(`COMPOSITE`), were judged on at least `AUTO_COVERAGE` of the models on which any method was, and cost at most
 `AUTO_PASSES` passes. Starting from nothing, the candidate is added that raises the combined rho of the consensus
 (mean of the members' ranks) most, ties to the cheaper one; it ends when no candidate that keeps the sum of the
 costs within `AUTO_PASSES` raises it by at least `AUTO_GAIN`. ``depth`` is then added as the yardstick, without a

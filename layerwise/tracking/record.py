@@ -27,7 +27,7 @@ PACKAGES = (
     "layerwise", "torch", "numpy", "transformers", "timm", "torchvision", "torchaudio", "torchao", "torch-pruning", "onnxruntime",
 )  # fmt: skip
 FIGURES = ("low", "high", "tau", "p", "partial", "score")
-CORRELATION = ("model", "method", "damage", "metric", "layers", "rho", *FIGURES)
+CORRELATION = ("model", "method", "damage", "metric", "layers", "rho")
 REPORTED: dict[str, Any] = {
     "domain": "other",
     "data": "",
@@ -138,8 +138,13 @@ def faithfulness_values(results: Mapping[str, Any]) -> tuple[str, list[dict[str,
     name, created = digest([protocol, entries]), datetime.now(UTC)
     domains = {subject["model"]: known_domain(subject["domain"]) for subject in results["subjects"]}
     fixed = {"benchmark": name, "created": created, "protocol": int(protocol["version"])}
-    rows = [fixed | {"domain": domains[entry["model"]]} | {key: entry[key] for key in CORRELATION} for entry in entries]
-    return name, [row | {key: _known(row[key]) for key in FIGURES} for row in rows]
+    return name, [
+        fixed
+        | {"domain": domains[entry["model"]]}
+        | {key: entry[key] for key in CORRELATION}
+        | {key: _known(entry[key]) for key in FIGURES}
+        for entry in entries
+    ]
 
 
 def digest(values: Any) -> str:

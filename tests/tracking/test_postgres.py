@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, event, inspect, text
 from test_schema import next_version
-from tracking_factory import result
+from tracking_factory import faithfulness_results, result
 
 from layerwise.errors import DatabaseBusy, DatabaseError
 from layerwise.tracking import PerformanceTracker, database, open_database, schema
@@ -97,6 +97,14 @@ def test_a_row_comes_back(tracker: PerformanceTracker) -> None:
     assert tracker.generate_leaderboard("vision", metric="size")["id"].to_list() == [first, second]
     reported = tracker.track_compression_performance("m", "classification", 0.5, {"accuracy": float("inf")})
     assert reported["metrics"] == {"accuracy": float("inf")}
+
+
+def test_a_benchmark_comes_back(tracker: PerformanceTracker) -> None:
+    first = tracker.record_faithfulness(faithfulness_results())
+    assert tracker.record_faithfulness(faithfulness_results()) == first
+    frame = tracker.faithfulness(method="depth")
+    assert frame[["benchmark", "model", "rho", "layers"]].values.tolist() == [[first, "net", 0.5, 8]]
+    assert frame["partial"].isna().all()
 
 
 def test_the_columns_are_jsonb(tracker: PerformanceTracker) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tracking_factory import result
+from tracking_factory import faithfulness_results, result
 
 from layerwise.errors import UsageError
 from layerwise.importance import ImportanceReport, LayerInfo
@@ -182,3 +182,19 @@ def test_layer_scores_are_stored_once_and_linked(tracker: PerformanceTracker) ->
 def test_importing_stays_light() -> None:
     code = "import sys, layerwise.tracking; print(sorted({'torch', 'pandas', 'alembic', 'psycopg'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_benchmark_is_recorded_once_and_read_back(tmp_path: Path) -> None:
+    with PerformanceTracker(f"sqlite:///{tmp_path}/board.db") as tracker:
+        first = tracker.record_faithfulness(faithfulness_results())
+        assert tracker.record_faithfulness(faithfulness_results()) == first
+        second = tracker.record_faithfulness(faithfulness_results(0.7))
+        frame = tracker.faithfulness()
+        assert frame["rho"].tolist() == [0.5, 0.7]
+        assert frame["benchmark"].tolist() == [first, second]
+        assert frame["partial"].isna().all()
+        assert set(frame["domain"]) == {"vision"}
+        assert tracker.faithfulness(benchmark=second)["rho"].tolist() == [0.7]
+        assert tracker.faithfulness(model="other").empty
+        with pytest.raises(UsageError, match="correlations"):
+            tracker.record_faithfulness({"protocol": {}, "subjects": []})
