@@ -89,6 +89,12 @@ def test_independent_answers_have_no_information_within_the_error(estimator: str
     assert entry.stderr < 0.05
 
 
+def test_a_probe_with_many_features_is_not_judged_on_what_it_was_fitted_to() -> None:
+    torch.manual_seed(0)
+    entry = scored(torch.randn(200, 60, dtype=torch.float64), torch.randint(0, 3, (200,)))
+    assert entry.value < 2 * entry.stderr  # judged on its own half it comes out at 0.63 ± 0.05
+
+
 @pytest.mark.parametrize("estimator", ["linear", "ksg"])
 def test_an_output_that_is_the_answer_carries_its_whole_entropy(estimator: str) -> None:
     torch.manual_seed(0)
