@@ -25,13 +25,13 @@ from layerwise.ranks import shares, spearman
 from layerwise.scores import LayerScore, Scores, Status
 
 SHIPPED = Path(__file__).parent / "tables" / "meta.json"
-# label → (analyzer, settings): what the stacker may look at. One sweep gives them all, and none of them measures damage itself.
+# label → (analyzer, settings that it must have): what the stacker may look at. One sweep gives all; none measures damage.
 COMPONENTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "layer_correlation": ("layer_correlation", {}),
-    "gradient_based": ("gradient_based", {}),
-    "gradient_based(form=activation)": ("gradient_based", {"form": "activation"}),
-    "fisher_information": ("fisher_information", {}),
-    "weight_norm": ("weight_norm", {}),
+    "layer_correlation": ("layer_correlation", {"measure": "block_influence", "tokens": "all"}),
+    "gradient_based": ("gradient_based", {"form": "absolute"}),
+    "gradient_based(activation)": ("gradient_based", {"form": "activation"}),
+    "fisher_information": ("fisher_information", {"per_parameter": False, "weighting": "none"}),
+    "weight_norm": ("weight_norm", {"per_parameter": False}),
 }
 QUIET = frozenset({"weight_norm"})  # baselines among them: they have a coefficient and no vote
 PENALTIES = (0.01, 0.1, 1.0, 10.0, 100.0)
@@ -154,7 +154,7 @@ def stacked(layers: Sequence[Placed], scores: Mapping[str, Scores], voters: Mapp
     if not settings["learned"]:
         plain = combined([x.name for x in layers], voters, dict.fromkeys(voters, 1.0), "meta")
         return Scores("consensus", UNIT, plain.entries, settings={**plain.settings, **settings})
-    stacker = stackers()[op]
+    stacker, scores = stackers()[op], _components(scores)
     guesses = stacker.predict(table(layers, scores))
     known = {n for m in stacker.methods if m in scores for n in scores[m].usable()}
     nothing = LayerScore.missing(Status.NOT_APPLICABLE, UNVOTED)
@@ -213,6 +213,16 @@ def write_stackers(results: str | Path, path: str | Path = SHIPPED) -> dict[str,
     write_atomic(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     stackers.cache_clear()
     return found
+
+
+def _components(scores: Mapping[str, Scores]) -> dict[str, Scores]:
+    """Those of `scores` that are components, by the component's label: whatever the report calls them, the settings decide."""
+    return {
+        label: s
+        for label, (name, settings) in COMPONENTS.items()
+        for s in scores.values()
+        if s.method == name and all(s.settings.get(k) == v for k, v in settings.items())
+    }
 
 
 def _kinds(x: pd.DataFrame) -> list[str]:

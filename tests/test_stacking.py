@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -156,12 +157,13 @@ def test_the_table_is_written_from_results_and_read_back(tmp_path: Path) -> None
 def report() -> ImportanceReport:
     rng = np.random.default_rng(11)
     layers = tuple(LayerInfo(f"blocks.{i}", i, "mlp", 10 + i, True, "blocks") for i in range(9))
-    scores = {
-        m: Scores(m, "nats", {x.name: LayerScore(float(v)) for x, v in zip(layers, rng.normal(size=9), strict=True)})
-        for m in ("layer_correlation", "gradient_based")
-    }
+    named = {"layer_correlation": {"measure": "block_influence", "tokens": "all"}, "gradient_based": {"form": "absolute"}}
+    scores = {}
+    for m, settings in named.items():
+        entries = {x.name: LayerScore(float(v)) for x, v in zip(layers, rng.normal(size=9), strict=True)}
+        scores[m] = Scores(m, "nats", entries, settings=settings)
     lost = LayerScore.missing(Status.NOT_APPLICABLE, "why")
-    scores = {m: Scores(m, "nats", {**s.entries, "blocks.8": lost}) for m, s in scores.items()}
+    scores = {m: replace(s, entries={**s.entries, "blocks.8": lost}) for m, s in scores.items()}
     return ImportanceReport("net", "classification", "digits", layers, scores)
 
 
@@ -176,6 +178,17 @@ def test_a_learned_consensus_follows_the_coefficients(tmp_path: Path, monkeypatc
     assert spearman(np.array(list(found.usable().values())), ranked) > 0.95
     assert found.entries["blocks.8"].status is Status.NOT_APPLICABLE
     assert found.entries["blocks.0"].stderr == read["skip"].error
+
+
+def test_settings_and_not_labels_decide_which_component_a_method_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = stackers(written(tmp_path))
+    monkeypatch.setattr(stacking, "stackers", lambda: read)
+    base = report()
+    renamed = replace(base, scores={f"my {m}": s for m, s in base.scores.items()})
+    assert dict(renamed.consensus("meta").usable()) == dict(base.consensus("meta").usable())
+    signed = replace(base["gradient_based"], settings={"form": "signed"})
+    other = replace(base, scores={**base.scores, "gradient_based": signed}).consensus("meta")
+    assert "gradient_based" in other.settings["absent"]
 
 
 def test_without_a_fit_the_consensus_is_bordas_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
