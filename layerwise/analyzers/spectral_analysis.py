@@ -65,11 +65,13 @@ UNITS = {"effective_rank": "share of full rank", "stable_rank": "rank", "log_spe
 def matrices(layer: Layer) -> list[Tensor]:
     """The layer's weights as matrices (outputs, inputs × kernel); a fused query-key-value projection as its three parts."""
     found: list[Tensor] = []
-    for parameter in layer.module.parameters():
+    for _, parameter in layer.tensors():
         if parameter.dim() < 2:
             continue
         w = parameter.detach().flatten(1)
-        if w.shape[0] == 3 * w.shape[1]:
+        if layer.masked:  # a slice of a matrix, never a fused projection
+            found.extend([w] if min(w.shape) > 1 else [])
+        elif w.shape[0] == 3 * w.shape[1]:
             found.extend(w.chunk(3))
         elif w.shape[1] == 3 * w.shape[0]:  # stored inputs first
             found.extend(w.chunk(3, dim=1))

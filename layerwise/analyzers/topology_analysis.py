@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from layerwise import persistence
-from layerwise.analyzer import ANALYZERS, ImportanceAnalyzer, Signal, Statistic
+from layerwise.analyzer import ANALYZERS, ImportanceAnalyzer, Signal, Statistic, streamless
 from layerwise.data import Batch
 from layerwise.errors import UsageError, nearest
 from layerwise.landmarks import Landmarks
@@ -40,7 +40,7 @@ class StreamLandmarks(Statistic):
     def observe(self, seen: Seen) -> None:
         self.seen = self.seen + seen.batch.size
         for layer in seen.layers:
-            if not seen.complete(layer):
+            if layer.site is not None or not seen.complete(layer):
                 continue
             for side, streams in zip(self.kept[layer.index], (seen.entering, seen.leaving), strict=True):
                 stream = streams[layer.index]
@@ -198,7 +198,8 @@ class TopologyAnalyzer(ImportanceAnalyzer):
         return StreamLandmarks(len(model.layers), self.landmarks, self.seed)
 
     def score(self, model: UniversalModel, statistic: StreamLandmarks) -> Mapping[str, LayerScore]:
-        return {layer.name: self._score(*statistic.points(layer.index)) for layer in model.layers}
+        inside = {x.name: LayerScore.missing(Status.NOT_APPLICABLE, streamless(x)) for x in model.layers if x.site is not None}
+        return {x.name: inside.get(x.name) or self._score(*statistic.points(x.index)) for x in model.layers}
 
     def _score(self, entering: Array, leaving: Array) -> LayerScore:
         if not len(leaving):
