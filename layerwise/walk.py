@@ -45,10 +45,13 @@ class Walk:
         """A fresh CPU generator, the same at every call."""
         return torch.Generator().manual_seed(self.seed)
 
-    def forward(self, batch: Batch, *, graph: bool = False, changes: Mapping[int, Change] | None = None) -> Seen:
+    def forward(
+        self, batch: Batch, *, graph: bool = False, changes: Mapping[int, Change] | None = None, cut: Sequence[Layer] = ()
+    ) -> Seen:
         """One forward; `changes` (index of a block → function) are made to the streams that enter blocks.
 
-        With `graph`, `backward` may follow: parameters do not require gradients, each layer's stream does.
+        With `graph`, `backward` may follow: parameters do not require gradients, each layer's stream does. It goes no further
+        than to what leaves the blocks in `cut`.
         """
         self.counts.forwards += 1
         with ExitStack() as stack:
@@ -58,6 +61,7 @@ class Walk:
             stack.enter_context(frozen(self.model.module))
             stack.enter_context(entering_changed(self.model.blocks, changes or {}))
             seen = stack.enter_context(watched(self.model, batch, graph))
+            stack.enter_context(cut_before(cut))
             seen.output = self.model.adapter.output(run(self.model.module, batch))
         return seen
 
@@ -124,6 +128,34 @@ def fed_by_none(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
             if layer.stream is not None:
                 stack.callback(layer.module.register_forward_pre_hook(hook(layer), with_kwargs=True).remove)
         yield found
+
+
+@contextmanager
+def cut_before(layers: Sequence[Layer]) -> Iterator[None]:
+    """Inside, these blocks compute without a graph, which begins at what leaves them. To be entered after `watched`."""
+
+    def entering(layer: Layer) -> Any:
+        assert layer.stream is not None
+        path = layer.stream.enters
+        return lambda module, args, kwargs: trees.replaced((args, kwargs), path, trees.get((args, kwargs), path).detach())
+
+    def leaving(layer: Layer) -> Any:
+        assert layer.stream is not None
+        path = layer.stream.leaves
+
+        def begin(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+            stream = trees.get(output, path)
+            # cloned, so that what works in place does not meet a leaf
+            return None if stream.requires_grad else trees.replaced(output, path, stream.detach().requires_grad_().clone())
+
+        return begin
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.module.register_forward_pre_hook(entering(layer), with_kwargs=True).remove)
+            hook = layer.module.register_forward_hook(leaving(layer), with_kwargs=True, prepend=True)
+            stack.callback(hook.remove)
+        yield
 
 
 def place_of(at: str, batch: Batch) -> Literal["inputs", "stream"]:

@@ -93,12 +93,15 @@ def conductances(walk: Walk, settings: LayerConductanceAnalyzer) -> Conductances
     totals = torch.zeros(len(units), walk.batch.size, dtype=torch.float64, device=weights.device)
     first, above = _points(walk, seen, target, settings.of)
     below = first
+    # a first block's own output is all that is asked of it, so no later pass goes back through it; units lie inside blocks
+    whole = all(layer.site is None for layer in walk.model.layers)
+    cut = [block for block in embedded if whole and block.calls == 1]
     for step in range(settings.steps - 1, -1, -1):
         change = away_from(origin, step / settings.steps)
         if place == "inputs":
-            seen = walk.forward(inputs_changed(walk.batch, change), graph=True)
+            seen = walk.forward(inputs_changed(walk.batch, change), graph=True, cut=cut)
         else:
-            seen = walk.forward(walk.batch, graph=True, changes={layer.index: change for layer in embedded})
+            seen = walk.forward(walk.batch, graph=True, changes={layer.index: change for layer in embedded}, cut=cut)
         below, here = _points(walk, seen, target, settings.of)
         _integrate_(units, totals, here, above, settings.rule)
         above = here

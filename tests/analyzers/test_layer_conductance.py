@@ -143,6 +143,28 @@ def test_all_layers_share_n_plus_1_forwards_and_backwards(depth: int) -> None:
     assert (seen.counts.forwards, seen.counts.backwards) == (6, 6)
 
 
+def test_no_pass_but_the_first_goes_back_through_the_first_block() -> None:
+    backwards = []
+
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, gradient: Tensor) -> Tensor:
+            backwards.append(1)
+            return gradient
+
+    for at, expected in ((0, 1), (1, 6)):
+        model = residual()
+        backwards.clear()
+        model.module.blocks[at].up.register_forward_hook(lambda module, args, output: Counted.apply(output))
+        scores = LayerConductanceAnalyzer(steps=5).analyze(model, Data.of([double(4)]))
+        assert len(backwards) == expected
+        assert list(scores.values()) == list(LayerConductanceAnalyzer(steps=5).analyze(residual(), Data.of([double(4)])).values())
+
+
 def test_a_layer_that_adds_nothing_conducts_nothing() -> None:
     model = residual()
     model.module.blocks[1].down.weight.data.zero_()
