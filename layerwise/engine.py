@@ -177,11 +177,18 @@ def chosen_analyzers(methods: Methods, seed: int = 0) -> dict[str, ImportanceAna
             analyzer = _analyzer(one, seed) if isinstance(one, str) else one
             label = analyzer.method
             if chosen.get(label, analyzer) != analyzer:
-                label = written(label, {k: v for k, v in analyzer.settings().items() if k != "baseline"})
+                label = written(label, _telling(analyzer))
             chosen[label] = analyzer
     if not chosen:
         raise UsageError("No method was named.", remedy="Use methods='auto'.")
     return chosen
+
+
+def _telling(analyzer: ImportanceAnalyzer) -> dict[str, Any]:
+    """The settings that differ from the default ones; all where none does."""
+    default = type(analyzer)().settings()
+    settings = {k: v for k, v in analyzer.settings().items() if k != "baseline"}
+    return {k: v for k, v in settings.items() if v != default[k]} or settings
 
 
 def _analyzer(spec: str, seed: int) -> ImportanceAnalyzer:
