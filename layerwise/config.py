@@ -44,7 +44,8 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     model: str | None = Field(
-        None, description="what to load: timm:NAME, hf:ID_OR_DIR, FILE.py:FACTORY (runs code) or a saved folder"
+        None,
+        description="what to load: timm:NAME, hf:ID_OR_DIR, FILE.py:FACTORY (runs code), a saved folder; weights:PATH to analyze",
     )
     weights: str | None = Field(default=None, description="a safetensors file with the model's weights")
     head: str | None = Field(default=None, description="labelled data to fit a linear classifier on (for embeddings)")

@@ -33,14 +33,16 @@ from layerwise.spec import built, written
 from layerwise.target import Target
 from layerwise.units import Granularity, granularities
 from layerwise.weights import check_finite
+from layerwise.zeroshot import SCHEME, WeightAnalyzer, only_weights, score_file
 
 LONGEST_CURVE = 64  # layers; each costs a run of everything after it on all the data
+ZERO_SHOT = ("spectral_analysis", "neural_persistence", "quantization_error", "weight_norm")  # "auto" for a file of weights
 
 Methods = str | ImportanceAnalyzer | Sequence[str | ImportanceAnalyzer]
 
 
 def analyze(
-    model: UniversalModel | nn.Module,
+    model: UniversalModel | nn.Module | str,
     data: Any = None,
     methods: Methods = "auto",
     *,
@@ -54,6 +56,9 @@ def analyze(
 
     Parameters
     ----------
+    model
+        A model, what `load` takes, or ``"weights:FILE_OR_FOLDER"``: then the layers of the weights in it are scored tensor by
+        tensor, without class, data or curve, by methods that read weights only.
     methods
         ``"auto"``, ``"all"``, names such as ``"fisher_information"`` or with settings ``"fisher_information(kind=true)"``,
         analyzer instances, or a list of these.
@@ -72,6 +77,10 @@ def analyze(
     NonFiniteWeights
         Before any work, when a weight is NaN or infinite.
     """
+    if isinstance(model, str) and model.startswith(SCHEME):
+        if granularities(granularity) != ("block",):
+            raise UsageError("A file of weights has blocks only; smaller units are found by running the model.", place=model)
+        return _of_file(model.removeprefix(SCHEME), data, methods)
     model = _universal(model)
     analyzers = chosen_analyzers(methods, seed)
     check_finite(model.module)
@@ -198,7 +207,15 @@ def _analyzer(spec: str, seed: int) -> ImportanceAnalyzer:
     return replace(analyzer, seed=seed) if seeded else analyzer
 
 
-def _universal(model: UniversalModel | nn.Module) -> UniversalModel:
+def _of_file(path: str, data: Any, methods: Methods) -> ImportanceReport:
+    if data is not None:
+        remedy = "Leave the data out, or load the model with its class."
+        raise UsageError("A file of weights has no class to run data through.", place=path, remedy=remedy)
+    words = {"auto": ZERO_SHOT, "all": tuple(name for name, a in ANALYZERS.items() if issubclass(a, WeightAnalyzer))}
+    return score_file(path, only_weights(chosen_analyzers(words.get(methods, methods) if isinstance(methods, str) else methods)))
+
+
+def _universal(model: UniversalModel | nn.Module | str) -> UniversalModel:
     return model if isinstance(model, UniversalModel) else load(model)
 
 

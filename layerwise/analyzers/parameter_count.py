@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from layerwise.analyzer import ANALYZERS, ImportanceAnalyzer
-from layerwise.model import UniversalModel
+from torch import Tensor
+
+from layerwise.analyzer import ANALYZERS
 from layerwise.scores import LayerScore
+from layerwise.zeroshot import WeightAnalyzer
 
 
 @dataclass(frozen=True)
 @ANALYZERS.register("parameter_count")
-class ParameterCountAnalyzer(ImportanceAnalyzer):
-    """The number of the layer's parameters, each shared one counted once."""
+class ParameterCountAnalyzer(WeightAnalyzer):
+    """The number of the layer's parameters, each shared one counted once. No standard error: it is exact."""
 
     method: ClassVar[str] = "parameter_count"
     unit: ClassVar[str] = "parameters"
     baseline: ClassVar[bool] = True
 
-    def statistic(self, model: UniversalModel) -> None:
-        return None
+    def summarize(self, tensor: Tensor, whole: bool = True) -> int:
+        return tensor.numel()
 
-    def score(self, model: UniversalModel, statistic: None) -> Mapping[str, LayerScore]:
-        return {layer.name: LayerScore(float(layer.parameters)) for layer in model.layers}
+    def combine(self, summaries: Sequence[int]) -> LayerScore:
+        return LayerScore(float(sum(summaries)))

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from layerwise.analyzer import ANALYZERS, ImportanceAnalyzer
+from layerwise.analyzer import ANALYZERS
 from layerwise.errors import UsageError, nearest
-from layerwise.model import UniversalModel
 from layerwise.scores import LayerScore, Status
-from layerwise.structure import Layer
+from layerwise.zeroshot import BLOCK, WeightAnalyzer, blocks, matrices, weighted_mean
 
 MIN_EIGENVALUES = 50  # below, a fitted tail exponent means nothing
+BINS = 100  # of the histogram of log λ whose peak `alpha_peak` starts from
 
 
 def eigenvalues(matrix: Tensor) -> Tensor:
-    """Squared singular values, ascending, float64, from the smaller Gram matrix."""
-    w = matrix.detach().double()
-    return torch.linalg.eigvalsh(w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w).clamp_min(0)
+    """Squared singular values, ascending, float64, from the smaller Gram matrix, which is summed over blocks.
+
+    Against singular values this costs a third; what lies below about 1e-16 λ_max is noise, and the tail fits leave it out.
+    """
+    wide = matrix.detach() if matrix.shape[0] <= matrix.shape[1] else matrix.detach().T
+    gram = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64, device=wide.device)
+    for block in blocks(wide, dim=1):
+        gram.addmm_(block, block.T)
+    return torch.linalg.eigvalsh(gram).clamp_min_(0)
 
 
 def effective_rank(lam: Tensor) -> float:
@@ -42,8 +48,82 @@ def log_spectral_norm(lam: Tensor) -> float:
     return float(lam[-1].log10())
 
 
-def heavy_tail(lam: Tensor) -> float:
-    """−α of the upper half of the spectrum by Hill's estimator: heavier tails (smaller α) count as more important."""
+def mp_soft_rank(lam: Tensor, aspect: float) -> float:
+    """λ⁺ / λ_max, with the Marchenko–Pastur edge λ⁺ = mean(λ) (1 + √q)² of a random matrix of the same size and variance.
+
+    `aspect` is q = smaller side / larger side. 1 for a random matrix, less when eigenvalues stand out of the bulk.
+    """
+    return float(lam.mean() / lam[-1]) * (1 + math.sqrt(aspect)) ** 2
+
+
+class PowerLaw(NamedTuple):
+    """A fitted tail: density ~ λ^−alpha above `xmin`; `distance` is that of Kolmogorov and Smirnov, `tail` the values above."""
+
+    alpha: float
+    xmin: float
+    distance: float
+    tail: int
+
+
+NO_FIT = PowerLaw(math.nan, math.nan, math.nan, 0)
+
+
+def positive(lam: Tensor) -> Tensor:
+    """The eigenvalues that are not rounding noise of the largest."""
+    return lam[lam > lam[-1] * len(lam) * torch.finfo(lam.dtype).eps]
+
+
+def power_law(lam: Tensor, low: float = 0.0, high: float = math.inf) -> PowerLaw:
+    """Clauset's fit: α = 1 + n / Σ log(λ/xmin) by maximum likelihood, for the xmin whose fit has the smallest KS distance.
+
+    Every eigenvalue but the last is tried as xmin, or those in `low` … `high`; all at once, in blocks.
+    """
+    x = positive(lam)
+    if len(x) < MIN_EIGENVALUES:
+        return NO_FIT
+    logs = x.log()
+    counts = torch.arange(len(x), 1, -1, dtype=x.dtype, device=x.device)
+    excess = logs.flip(0).cumsum(0).flip(0)[:-1] - counts * logs[:-1]
+    tried = ((x[:-1] >= low) & (x[:-1] <= high) & (excess > 0)).nonzero().flatten()
+    if not len(tried):
+        return NO_FIT
+    slopes = counts / excess  # α − 1
+    steps = tried.split(max(1, BLOCK // len(x)))
+    distances = torch.cat([_distances(logs, slopes, counts, some) for some in steps])
+    best = int(distances.argmin())
+    i = int(tried[best])
+    return PowerLaw(1 + float(slopes[i]), float(x[i]), float(distances[best]), len(x) - i)
+
+
+def _distances(logs: Tensor, slopes: Tensor, counts: Tensor, tried: Tensor) -> Tensor:
+    """max_j |F_fit(x_j) − F_empirical(x_j)| over j ≥ i for each candidate i, `tried` ascending."""
+    first = int(tried[0])
+    place = torch.arange(first, len(logs), device=logs.device)
+    gap = (logs[first:] - logs[tried, None]).mul_(-slopes[tried, None]).exp_().neg_().add_(1)
+    gap.sub_((place - tried[:, None]) / counts[tried, None]).abs_()
+    return gap.masked_fill_(place < tried[:, None], 0).amax(1)
+
+
+def alpha(lam: Tensor) -> float:
+    """−α of the power law with the xmin of the smallest KS distance: heavier tails (smaller α) count as more important."""
+    return -power_law(lam).alpha
+
+
+def alpha_peak(lam: Tensor) -> float:
+    """−α with xmin sought only around the peak of the histogram of log λ, 0.95 … 1.5 of it (``xmin_peak``)."""
+    x = positive(lam).log10()
+    if len(x) < MIN_EIGENVALUES:
+        return math.nan
+    low, high = float(x[0]), float(x[-1])
+    if low == high:
+        return math.nan
+    at = int(torch.histc(x.cpu(), BINS, low, high).argmax())
+    peak = 10 ** (low + at * (high - low) / BINS)
+    return -power_law(lam, 0.95 * peak, 1.5 * peak).alpha
+
+
+def hill(lam: Tensor) -> float:
+    """−α of the upper half of the spectrum by Hill's estimator, k = M/2 (``xmin_mid``)."""
     if len(lam) < MIN_EIGENVALUES:
         return math.nan
     k = len(lam) // 2
@@ -51,56 +131,56 @@ def heavy_tail(lam: Tensor) -> float:
     return -(1.0 + k / float((tail / threshold).log().sum())) if threshold > 0 else math.nan
 
 
-MEASURES: dict[str, Callable[[Tensor], float]] = {
-    "effective_rank": effective_rank,
-    "stable_rank": stable_rank,
-    "log_spectral_norm": log_spectral_norm,
-    "heavy_tail": heavy_tail,
+def _without_aspect(measure: Callable[[Tensor], float]) -> Callable[[Tensor, float], float]:
+    return lambda lam, aspect: measure(lam)
+
+
+MEASURES: dict[str, Callable[[Tensor, float], float]] = {
+    "effective_rank": _without_aspect(effective_rank),
+    "stable_rank": _without_aspect(stable_rank),
+    "log_spectral_norm": _without_aspect(log_spectral_norm),
+    "mp_soft_rank": mp_soft_rank,
+    "alpha": _without_aspect(alpha),
+    "alpha_peak": _without_aspect(alpha_peak),
+    "hill": _without_aspect(hill),
 }
-
-
-UNITS = {"effective_rank": "share of full rank", "stable_rank": "rank", "log_spectral_norm": "log₁₀ λ", "heavy_tail": "−α"}
-
-
-def matrices(layer: Layer) -> list[Tensor]:
-    """The layer's weights as matrices (outputs, inputs × kernel); a fused query-key-value projection as its three parts."""
-    found: list[Tensor] = []
-    for _, parameter in layer.tensors():
-        if parameter.dim() < 2:
-            continue
-        w = parameter.detach().flatten(1)
-        if layer.masked:  # a slice of a matrix, never a fused projection
-            found.extend([w] if min(w.shape) > 1 else [])
-        elif w.shape[0] == 3 * w.shape[1]:
-            found.extend(w.chunk(3))
-        elif w.shape[1] == 3 * w.shape[0]:  # stored inputs first
-            found.extend(w.chunk(3, dim=1))
-        elif min(w.shape) > 1:
-            found.append(w)
-    return found
+UNITS = {
+    "effective_rank": "share of full rank", "stable_rank": "rank", "log_spectral_norm": "log₁₀ λ", "mp_soft_rank": "λ⁺ / λ_max",
+    "alpha": "−α", "alpha_peak": "−α", "hill": "−α",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 @ANALYZERS.register("spectral_analysis")
-class SpectralAnalyzer(ImportanceAnalyzer):
-    """Mean over the layer's weight matrices, weighted by their size, of a function of the squared singular values.
+class SpectralAnalyzer(WeightAnalyzer):
+    """Mean over the layer's weight matrices, weighted by their size, of a function of the squared singular values λ.
+
+    A convolution is the matrix (outputs, inputs × kernel), a fused query-key-value projection its three parts. No standard
+    error: weights are no sample. Cost: min(m, n)² max(m, n) per matrix, no passes.
 
     Parameters
     ----------
     measure
         ``effective_rank``: share of the rank that is used, 0 … 1 (default); ``stable_rank``; ``log_spectral_norm``;
-        ``heavy_tail``: −α of the spectrum's tail, not defined for matrices with fewer than 50 singular values.
+        ``mp_soft_rank``: the edge of a random matrix over λ_max; −α of the spectrum's tail, not defined for fewer than 50
+        eigenvalues: ``alpha`` (xmin by KS distance), ``alpha_peak`` (xmin near the peak), ``hill`` (the upper half).
 
     References
     ----------
-    Roy, Vetterli (2007), "The effective rank"; Martin, Mahoney (2021), "Implicit self-regularization in deep neural networks";
-    Lu et al. (2024), "AlphaPruning".
+    Roy, Vetterli (2007), "The effective rank"; Clauset et al. (2009), "Power-law distributions in empirical data"; Martin,
+    Mahoney (2021), "Implicit self-regularization in deep neural networks"; Lu et al. (2024), "AlphaPruning". We differ: the
+    soft rank takes the variance of all weights, not one fitted to the bulk, so that for one shape it ranks as the stable rank;
+    convolutions are not cut into a matrix for each kernel position; only eigenvalues that are rounding noise are left out of a
+    fit, not those below a fixed number; AlphaPruning's code compares the lower end of its window for the peak with λ itself
+    although it is a logarithm, so its window is open below, and ours is not.
     """
 
     method: ClassVar[str] = "spectral_analysis"
     unit: ClassVar[str] = "share of full rank"
 
-    measure: Literal["effective_rank", "stable_rank", "log_spectral_norm", "heavy_tail"] = "effective_rank"
+    measure: Literal["effective_rank", "stable_rank", "log_spectral_norm", "mp_soft_rank", "alpha", "alpha_peak", "hill"] = (
+        "effective_rank"
+    )
 
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
@@ -109,15 +189,17 @@ class SpectralAnalyzer(ImportanceAnalyzer):
     def measured_in(self) -> str:
         return UNITS[self.measure]
 
-    def statistic(self, model: UniversalModel) -> None:
-        return None
+    def summarize(self, tensor: Tensor, whole: bool = True) -> list[tuple[int, float | None]]:
+        """(size, value) of each matrix; None as value for one of zeros, NaN where the measure is not defined."""
+        return [(w.numel(), self._value(w)) for w in matrices(tensor, whole)]
 
-    def score(self, model: UniversalModel, statistic: None) -> Mapping[str, LayerScore]:
-        return {layer.name: self._layer(layer) for layer in model.layers}
+    def _value(self, matrix: Tensor) -> float | None:
+        lam = eigenvalues(matrix)
+        return MEASURES[self.measure](lam, min(matrix.shape) / max(matrix.shape)) if float(lam[-1]) > 0 else None
 
-    def _layer(self, layer: Layer) -> LayerScore:
-        found = matrices(layer)
-        measured = [(w.numel(), MEASURES[self.measure](lam)) for w in found if float((lam := eigenvalues(w))[-1]) > 0]
+    def combine(self, summaries: Sequence[list[tuple[int, float | None]]]) -> LayerScore:
+        found = [part for summary in summaries for part in summary]
+        measured = [(n, value) for n, value in found if value is not None]
         usable = [(n, value) for n, value in measured if math.isfinite(value)]
         if not found:
             return LayerScore.missing(Status.NOT_APPLICABLE, "has no weight matrix")
@@ -127,4 +209,4 @@ class SpectralAnalyzer(ImportanceAnalyzer):
             return LayerScore.missing(
                 Status.NOT_APPLICABLE, f"every matrix has fewer than {MIN_EIGENVALUES} singular values: too few for a tail"
             )
-        return LayerScore.measured(sum(n * value for n, value in usable) / sum(n for n, _ in usable))
+        return LayerScore.measured(weighted_mean(usable))

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from layerwise.analyzer import ANALYZERS, ImportanceAnalyzer
-from layerwise.model import UniversalModel
+from torch import Tensor
+
+from layerwise.analyzer import ANALYZERS
 from layerwise.scores import LayerScore
-from layerwise.structure import Layer
+from layerwise.zeroshot import WeightAnalyzer, chunks
 
 
 @dataclass(frozen=True)
 @ANALYZERS.register("weight_norm")
-class WeightNormAnalyzer(ImportanceAnalyzer):
-    """‖θ‖₂ of all the layer's parameters; with `per_parameter`, their root mean square."""
+class WeightNormAnalyzer(WeightAnalyzer):
+    """‖θ‖₂ of all the layer's parameters; with `per_parameter`, their root mean square. No standard error: no samples."""
 
     method: ClassVar[str] = "weight_norm"
     unit: ClassVar[str] = "norm of θ"
@@ -24,12 +25,10 @@ class WeightNormAnalyzer(ImportanceAnalyzer):
 
     per_parameter: bool = False
 
-    def statistic(self, model: UniversalModel) -> None:
-        return None
+    def summarize(self, tensor: Tensor, whole: bool = True) -> tuple[int, float]:
+        """How many values, and the sum of their squares."""
+        return tensor.numel(), math.fsum(float(values.square().sum()) for values in chunks(tensor))
 
-    def score(self, model: UniversalModel, statistic: None) -> Mapping[str, LayerScore]:
-        return {layer.name: LayerScore.measured(self._norm(layer)) for layer in model.layers}
-
-    def _norm(self, layer: Layer) -> float:
-        squares = sum(float(p.detach().double().square().sum()) for _, p in layer.tensors())
-        return math.sqrt(squares / max(layer.parameters, 1) if self.per_parameter else squares)
+    def combine(self, summaries: Sequence[tuple[int, float]]) -> LayerScore:
+        count = sum(n for n, _ in summaries) if self.per_parameter else 1
+        return LayerScore.measured(math.sqrt(math.fsum(squares for _, squares in summaries) / max(count, 1)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from layerwise.cli import checks
 from layerwise.cli.opened import checked, open_data, open_model, show_report
 from layerwise.cli.options import verb
@@ -18,7 +20,10 @@ KEYS = (*MODEL, *DATA)
 
 @verb(*KEYS, "methods", "granularity", "executor", "timeout", "force", needs=("model",))
 def command(config: RunConfig, screen: Screen) -> None:
-    """Without --data only methods that read weights can be used. --out FILE.json keeps the report for `plan`."""
+    """Without --data only methods that read weights can be used. --out FILE.json keeps the report for `plan`.
+
+    The model may be weights:FILE_OR_FOLDER: its layers are ranked tensor by tensor, without building the model.
+    """
     from layerwise import engine
     from layerwise.files import write_atomic
     from layerwise.run import methods_of
@@ -28,8 +33,11 @@ def command(config: RunConfig, screen: Screen) -> None:
     out = checks.output(config.out, sources, force=config.force) if config.out else None
     engine.chosen_analyzers(methods_of(config.methods))  # an unknown name is told before minutes of loading
     granularities(config.granularity)
-    model = open_model(config, screen)
-    data = open_data(config, model, screen)
+    model: Any = config.model
+    data: Any = config.data
+    if not model.startswith("weights:"):
+        model = open_model(config, screen)
+        data = open_data(config, model, screen)
     with screen.progress("Ranking the layers") as progress:
         report = engine.analyze(
             model, data, methods_of(config.methods), seed=config.seed, progress=progress, executor=config.executor,

@@ -28,7 +28,7 @@ def inputs(config: RunConfig) -> list[Path]:
 
 
 def local_path(spec: str | None) -> Path | None:
-    """The file or folder that a spec names: a path, ``FILE.py:FACTORY``, or ``hf:`` and an existing folder.
+    """The file or folder that a spec names: a path, ``FILE.py:FACTORY``, ``weights:`` and a path, ``hf:`` and an existing folder.
 
     None for what may be another kind of name: the verbs know which there are.
     """
@@ -39,7 +39,7 @@ def local_path(spec: str | None) -> Path | None:
         return Path(file).expanduser()
     if SCHEME.match(spec):
         path = Path(spec.partition(":")[2]).expanduser()
-        return path if spec.startswith("hf:") and path.exists() else None
+        return path if spec.startswith("weights:") or (spec.startswith("hf:") and path.exists()) else None
     path = Path(spec).expanduser()
     return path if os.path.lexists(path) or "/" in spec or path.suffix else None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from layerwise.weights.finite import check_finite
 from layerwise.weights.load import load_into
-from layerwise.weights.read import read_weights, stream_weights
+from layerwise.weights.read import describe_weights, read_weights, stream_weights
 from layerwise.weights.save import save_weights
 
-__all__ = ["check_finite", "load_into", "read_weights", "save_weights", "stream_weights"]
+__all__ = ["check_finite", "describe_weights", "load_into", "read_weights", "save_weights", "stream_weights"]

@@ -9,6 +9,8 @@ import torch
 from layerwise.errors import NonFiniteWeights
 from layerwise.weights.problems import SHOWN, short
 
+CHUNK = 1 << 22  # values checked at a time
+
 
 def check_finite(weights: torch.nn.Module | Mapping[str, torch.Tensor], *, source: str = "", code: str = "LW-M04") -> None:
     """Raise `NonFiniteWeights` that names every tensor with NaN or infinity and how many; `source` is where they are from.
@@ -30,8 +32,9 @@ def check_finite(weights: torch.nn.Module | Mapping[str, torch.Tensor], *, sourc
 
 def _fault(name: str, tensor: torch.Tensor) -> str:
     values = _values(tensor)
-    if values is None or bool(torch.isfinite(values).all()) or _is_causal_mask(values):
+    if values is None or _all_finite(values) or _is_causal_mask(values):
         return ""
+    values = values.float() if values.element_size() == 1 else values
     nan, infinite = int(torch.isnan(values).sum()), int(torch.isinf(values).sum())
     return f"{short(name)!r} ({nan:,} NaN, {infinite:,} Inf of {values.numel():,})"
 
@@ -45,7 +48,13 @@ def _values(tensor: torch.Tensor) -> torch.Tensor | None:
         tensor = tensor.values()
     if tensor.device.type == "meta" or not (tensor.is_floating_point() or tensor.is_complex()):
         return None
-    return tensor.float() if tensor.element_size() == 1 else tensor  # 8-bit floats have no isfinite
+    return tensor
+
+
+def _all_finite(values: torch.Tensor) -> bool:
+    """In chunks: `isfinite` of a whole tensor would hold it twice more."""
+    chunks = values.reshape(-1).split(CHUNK)
+    return all(bool(torch.isfinite(c.float() if c.element_size() == 1 else c).all()) for c in chunks)  # 8-bit: no isfinite
 
 
 def _is_causal_mask(values: torch.Tensor) -> bool:

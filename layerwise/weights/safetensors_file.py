@@ -26,8 +26,38 @@ ITEM_BYTES = {
 }
 
 
-def stream_safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each tensor of a checked file, one at a time, in the order of the data; a tied name follows the name it is tied to."""
+_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "U16": torch.uint16, "I16": torch.int16,
+    "F16": torch.float16, "BF16": torch.bfloat16, "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32,
+    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64,
+}  # fmt: skip
+
+
+def stream_safetensors(path: Path, *, mapped: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor of a checked file, one at a time, in the order of the data; a tied name follows the name it is tied to.
+
+    `mapped`: tensors share the pages of the file; else each is a copy that nothing else holds.
+    """
+    header, aliases = _named(path)
+    for name, tensor in _mapped(path, header) if mapped else _copied(path, header):
+        for each in (name, *aliases.get(name, ())):
+            yield each, tensor
+        del tensor  # else it would be held while the next one is read
+
+
+def describe_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Name → a tensor without data (``meta``) of its shape and type, tied names included; only the header is read."""
+    header, aliases = _named(path)
+    return {
+        each: torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta")
+        for name, entry in header.items()
+        for each in (name, *aliases.get(name, ()))
+    }
+
+
+def _named(path: Path) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """The checked entries of the tensors, and for each name those that are tied to it."""
     header = read_header(path)
     metadata = header.pop("__metadata__", {})
     aliases: dict[str, list[str]] = {}
@@ -35,11 +65,27 @@ def stream_safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
         # safetensors.torch.save_model's convention: {dropped name: kept name}.
         if name in header and alias not in header:
             aliases.setdefault(name, []).append(alias)
+    return header, aliases
+
+
+def _mapped(path: Path, header: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
     with safe_open(path, framework="pt") as file:
         for name in sorted(header, key=lambda n: header[n]["data_offsets"]):
-            tensor = file.get_tensor(name)
-            for each in (name, *aliases.get(name, ())):
-                yield each, tensor
+            yield name, file.get_tensor(name)
+
+
+def _copied(path: Path, header: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        for name in sorted(header, key=lambda n: header[n]["data_offsets"]):
+            entry = header[name]
+            first, last = entry["data_offsets"]
+            tensor = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
+            file.seek(start + first)
+            if last > first and file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data) != last - first:
+                raise bad(46, path, f"ended while {listed([name])} was read.", AGAIN)
+            yield name, tensor
+            del tensor
 
 
 def read_header(path: Path) -> dict[str, Any]:
