@@ -289,17 +289,18 @@ def _entering(layer: Layer, seen: Seen, backward: bool) -> Any:
 def _noting(layer: Layer, seen: Seen) -> Any:
     assert layer.stream is not None
     stream, i = layer.stream, layer.index
+    gradients = seen.gradients  # all that the hook may hold: through `seen.output` it would hold the graph that holds the hook
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         leaving = trees.get(output, stream.leaves)
         seen.leaving[i] = leaving.detach().clone()  # cloned, because later modules may write into it
         if leaving.requires_grad:
-            leaving.register_hook(lambda gradient: _keep(seen, i, gradient))
+            leaving.register_hook(lambda gradient: _keep(gradients, i, gradient))
 
     return note
 
 
-def _keep(seen: Seen, layer: int, gradient: Tensor) -> None:
+def _keep(gradients: list[Tensor | None], layer: int, gradient: Tensor) -> None:
     """The backward pass reaches a shared layer's last call first; that is the one whose output was noted."""
-    if seen.gradients[layer] is None:
-        seen.gradients[layer] = gradient.detach()
+    if gradients[layer] is None:
+        gradients[layer] = gradient.detach()
