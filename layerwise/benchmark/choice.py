@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ def overall(results: Mapping[str, Any], metric: str = PRIMARY) -> list[dict[str,
     """One record per method, best first: combined rho, interval, Holm's p, partial rho, per damage, curve, allocation, cost."""
     found = [r for r in results["correlations"] if r["metric"] == metric]
     methods = sorted({r["method"] for r in results["methods"]})
+    even = {s["model"]: s["allocation"]["one width"] for s in results["subjects"]}
     table = []
     for method in methods:
         mine = [r for r in found if r["method"] == method]
@@ -41,7 +42,10 @@ def overall(results: Mapping[str, Any], metric: str = PRIMARY) -> list[dict[str,
         record |= {"rho": rho, "low": low, "high": high, "p": p, "partial": partial, "partial_p": partial_p}
         record |= {"score": _over_models(mine, "score")[0]}
         record |= {d: _over_models([r for r in mine if r["damage"] == d], "rho")[0] for d in DAMAGES}
-        table.append(record | _means(r for r in results["methods"] if r["method"] == method))
+        ran = [r for r in results["methods"] if r["method"] == method]
+        ahead = [r["dce"] < even[r["model"]] for r in ran if r.get("dce") is not None]
+        record |= {"even": _mean([float(x) for x in ahead]), "wins": sum(ahead), "played": len(ahead)}
+        table.append(record | _means(ran))
     for key in ("p", "partial_p"):
         for record, adjusted in zip(table, ranks.holm([r[key] for r in table]), strict=True):
             record[key] = adjusted
@@ -59,8 +63,7 @@ def _over_models(records: Sequence[Record], key: str) -> tuple[float, float, flo
     return ranks.combined([float(np.mean(z)) for z in zs.values()], [layers[m] for m in zs])
 
 
-def _means(records: Iterable[Record]) -> dict[str, Any]:
-    mine = list(records)
+def _means(mine: Sequence[Record]) -> dict[str, Any]:
     ran = [r for r in mine if not r["failure"]]
     mean = {key: _mean([r.get(key) for r in ran]) for key in ("passes", "coverage", "stability", "noise", "auc", "beats")}
     checked = [r["changed"] for r in ran if r["changed"] is not None]

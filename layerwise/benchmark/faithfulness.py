@@ -46,7 +46,7 @@ def run(
     started = time.perf_counter()
     results: dict[str, Any] = {
         "protocol": protocol.to_dict(),
-        "seconds": {},
+        "seconds_of_this_call": {},
         "environment": _environment(protocol.seed),
     }
     results |= {"defaults": sorted(set(judged) & {n for n in ANALYZERS if not ANALYZERS[n].baseline})}
@@ -56,7 +56,7 @@ def run(
         found = _examined(subject, out / "faithfulness.parts", judged, protocol, progress)
         for key in LISTS:
             results[key] += found[key]
-        results["seconds"][subject.name] = round(time.perf_counter() - started, 1)
+        results["seconds_of_this_call"][subject.name] = round(time.perf_counter() - started, 1)
         started = time.perf_counter()
     progress("subjects", len(chosen), len(chosen))
     results = rounded(results)

@@ -6,12 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from scipy.stats import binom
+
 from layerwise.benchmark import protocol as rules
 from layerwise.benchmark.choice import overall
 from layerwise.benchmark.protocol import DAMAGES
 
 Record = Mapping[str, Any]
 DASH = "–"
+USES = {"auc": 2, "beats": 2, "even": 2, "passes": 1, "stability": 2, "noise": 2}  # column → digits
 PACKAGES = ("layerwise", "torch", "numpy", "transformers")
 YARDSTICKS = ("depth", "depth(reverse)", "parameter_count", "random", "weight_norm")
 
@@ -65,7 +68,14 @@ def _verdict(table: Sequence[Record], results: Mapping[str, Any]) -> list[str]:
         return ["No target could be measured reliably enough to judge any method."]
     rivals = [r for r in known if r["method"] not in YARDSTICKS]
     yardsticks = [r for r in known if r["method"] in YARDSTICKS]
-    return [_first(known, rivals, yardsticks), *_beyond_depth(rivals), *_useless(rivals), _caveat(results)]
+    return [
+        _first(known, rivals, yardsticks),
+        *_beyond_depth(rivals),
+        *_useless(rivals),
+        *_backwards(rivals),
+        *_allocation(table),
+        _caveat(results),
+    ]
 
 
 def _first(known: Sequence[Record], rivals: Sequence[Record], yardsticks: Sequence[Record]) -> str:
@@ -106,6 +116,26 @@ def _useless(rivals: Sequence[Record]) -> list[str]:
         return []
     listed = ", ".join(f"`{r['method']}` ({_number(r['rho'])})" for r in weak)
     return [f"Not shown to be better than chance (Holm p ≥ 0.05): {listed}."]
+
+
+def _backwards(rivals: Sequence[Record]) -> list[str]:
+    wrong = sorted((r for r in rivals if _is(r["high"]) and r["high"] < 0), key=lambda r: r["rho"])
+    listed = ", ".join(f"`{r['method']}` ({_number(r['rho'])})" for r in wrong)
+    return [f"**Backwards**, the whole interval below zero: {listed}."] if wrong else []
+
+
+def _allocation(table: Sequence[Record]) -> list[str]:
+    """Whether the end use pays: bits by ranking against the same bits everywhere, by a sign test of the best ranking."""
+    played = [r for r in table if r["played"]]
+    if not played:
+        return []
+    best = max(played, key=lambda r: (r["even"], r["played"]))
+    p = float(binom.sf(best["wins"] - 1, best["played"], 0.5))
+    verdict = "so it pays" if p < 0.05 else f"which a coin does as well (p = {_number(p)}), and it is the best of {len(played)}"
+    return [
+        f"**Allocation:** {rules.MEAN_BITS} bits per weight spent by rank beat the same width everywhere on "
+        f"{best['wins']} of {best['played']} models with `{best['method']}`, {verdict}."
+    ]
 
 
 def _caveat(results: Mapping[str, Any]) -> str:
@@ -150,7 +180,9 @@ def _uses_legend() -> str:
     return (
         "`curve`: area under the removal curve, 0 for random orders and 1 for the greedy one, mean over models. "
         "`allocation`: the share of random rankings whose loss increase at the same mean of "
-        f"{rules.MEAN_BITS} bits is higher (0.5: chance). `passes`: cost over the calibration data, a forward being 1. "
+        f"{rules.MEAN_BITS} bits is higher (0.5: chance). `even`: the share of models on which this "
+        f"allocation beats {rules.MEAN_BITS} bits everywhere (a column added after the first run). "
+        "`passes`: cost over the calibration data, a forward being 1. "
         "`stability`: rank correlation between two disjoint calibration sets. `noise`: rank correlation with the scores of "
         "weights drawn anew (near 0 is right); `changes`: whether those scores differ at all. "
         "`failed`: subjects on which the method broke."
@@ -158,14 +190,11 @@ def _uses_legend() -> str:
 
 
 def _uses(table: Sequence[Record]) -> str:
-    lines = [
-        [
-            _name(r), _number(r["auc"]), _number(r["beats"]), _number(r["passes"], 1), _number(r["stability"]),
-            _number(r["noise"]), {True: "yes", False: "no", None: DASH}[r["changed"]], str(r["failures"]),
-        ]
-        for r in table
-    ]  # fmt: skip
-    return _markdown(["method", "curve", "allocation", "passes", "stability", "noise", "changes", "failed"], lines)
+    lines = []
+    for r in table:
+        figures = [_number(r[key], digits) for key, digits in USES.items()]
+        lines.append([_name(r), *figures, {True: "yes", False: "no", None: DASH}[r["changed"]], str(r["failures"])])
+    return _markdown(["method", "curve", "allocation", "even", "passes", "stability", "noise", "changes", "failed"], lines)
 
 
 def _subjects(results: Mapping[str, Any]) -> list[str]:

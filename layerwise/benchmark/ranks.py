@@ -65,8 +65,8 @@ def reliability(values: np.ndarray, weights: np.ndarray, splits: int, generator:
 
 
 def spearman_brown(half: float) -> float:
-    """The reliability of the whole from that of one half."""
-    return 2 * half / (1 + half) if half > -1 else -1.0
+    """The reliability of the whole from that of one half, at least −1."""
+    return max(2 * half / (1 + half), -1.0) if half > -1 else -1.0
 
 
 def fisher_z(rho: float) -> float:

@@ -178,7 +178,13 @@ def results_of(scores: dict[str, list[float]], passes: dict[str, float]) -> dict
         for m, s in scores.items()
     ]
     methods = [{"model": "m", "method": m, "failure": "", "passes": passes[m], "changed": True} for m in scores]
-    return {"rows": rows, "correlations": correlations, "methods": methods, "defaults": list(scores), "subjects": [{}]}
+    return {
+        "rows": rows,
+        "correlations": correlations,
+        "methods": methods,
+        "defaults": list(scores),
+        "subjects": [{"model": "m", "allocation": {"one width": 0.5}}],
+    }
 
 
 def test_the_rule_takes_the_best_then_what_adds_to_it_within_the_budget() -> None:
