@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,8 +36,8 @@ def pooled(batch: Batch, layer: Layer, stream: Tensor) -> Tensor:
 
 def by_group(ids: Tensor, groups: int, seed: int) -> list[Tensor]:
     """Positions of the samples in each of `groups` parts of the data, on the CPU; the seeded hash of its number says which."""
-    part = hashed(ids, seed).remainder(groups)
-    return [(part == g).nonzero()[:, 0] for g in range(groups)]
+    part = hashed(ids, seed).remainder(groups).numpy()
+    return [torch.from_numpy(np.flatnonzero(part == g)) for g in range(groups)]
 
 
 __all__ = ["by_group", "observations", "pooled"]

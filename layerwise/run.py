@@ -229,6 +229,7 @@ def _analyze(walk: Walk, progress: Progress) -> None:
         seed=c.seed,
         progress=progress,
         checkpoint=walk.checkpoint,
+        granularity=c.granularity,
         executor=c.executor,
     )
     for remark in report.notes:
@@ -300,7 +301,9 @@ def _row(artifact: dict[str, Any]) -> dict[str, Any]:
 
 
 STAGES = (
-    Stage("analyze", "Ranking the layers", _analyze, ("report.json", "scores.parquet"), (*MODEL, *DATA, "methods")),
+    Stage(
+        "analyze", "Ranking the layers", _analyze, ("report.json", "scores.parquet"), (*MODEL, *DATA, "methods", "granularity")
+    ),
     Stage("plan", "Choosing what to cut", _plan, ("plan.yaml",), ("targets", "ratio", "compress_methods")),
     Stage("compress", "Cutting and proving", _compress, ("model", "result.json"), EVALUATION),
     Stage("export", "Exporting", _export, ("artifacts", "artifacts.json"), ("export",)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from layerwise import measure as measuring
 from layerwise.compress.half_precision import HalfPrecision
 from layerwise.compress.int8_dynamic import Int8Dynamic
 from layerwise.data import Batch, Data
@@ -100,28 +100,39 @@ def test_fidelity_is_to_the_uncompressed_model() -> None:
     assert measure(small, case.data(), reference=model, latency_batches=3).metrics == after.metrics
 
 
-class Slow(nn.Module):
-    """Sleeps; counts its calls."""
+class Clock:
+    """A clock that only the models move."""
 
-    def __init__(self, seconds: float, log: list[str], name: str) -> None:
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class Slow(nn.Module):
+    """Takes `seconds` on the clock; notes its calls."""
+
+    def __init__(self, seconds: float, clock: Clock, log: list[str], name: str) -> None:
         super().__init__()
-        self.linear, self.seconds, self.log, self.name = nn.Linear(4, 4), seconds, log, name
+        self.linear, self.seconds, self.clock, self.log, self.name = nn.Linear(4, 4), seconds, clock, log, name
 
     def forward(self, x: Tensor) -> Tensor:
-        time.sleep(self.seconds)
+        self.clock.now += self.seconds
         self.log.append(self.name)
         return self.linear(x)
 
 
-def test_two_models_are_timed_alternately() -> None:
+def test_two_models_are_timed_alternately(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
-    models = [UniversalModel(Slow(s, log, n)) for s, n in ((0.004, "a"), (0.008, "b"))]
+    clock = Clock()
+    monkeypatch.setattr(measuring, "time", clock)
+    models = [UniversalModel(Slow(s, clock, log, n)) for s, n in ((0.004, "a"), (0.008, "b"))]
     a, b = time_paired(models, Batch((torch.randn(2, 4),)), repeats=6)
     assert "".join(log) == "abab" + "abba" * 3  # warm-up, then rounds to and fro
     assert a.repeats == b.repeats == 6
-    assert 4 <= a.median < 8 <= b.median
-    assert a.spread < 4
-    assert latency(models[0], Batch((torch.randn(2, 4),)), repeats=3) >= 4
+    assert (a.median, b.median) == pytest.approx((4, 8))
+    assert a.spread == pytest.approx(0, abs=1e-9)
+    assert latency(models[0], Batch((torch.randn(2, 4),)), repeats=3) == pytest.approx(4)
 
 
 def test_progress_is_told_per_batch() -> None:

@@ -28,8 +28,8 @@ REFUSALS = {"LW-R23", "LW-C03", "LW-C05", "LW-C07", "LW-C08", "LW-C13"}  # nothi
 
 
 @verb(
-    *KEYS, *EVALUATION, "methods", "executor", "targets", "ratio", "compress_methods", "export", "lang", "database",
-    "timeout", "force", needs=("model", "data", "out"),
+    *KEYS, *EVALUATION, "methods", "granularity", "executor", "targets", "ratio", "compress_methods", "export", "lang",
+    "database", "timeout", "force", needs=("model", "data", "out"),
 )  # fmt: skip
 def command(config: RunConfig, screen: Screen, *, resume: Resume = None) -> int:
     """Works in OUT.partial, which becomes OUT when all is done. Interrupting keeps what is finished and says how to go on."""

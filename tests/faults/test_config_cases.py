@@ -80,10 +80,10 @@ def test_the_case_is_refused_with_its_code_and_place(
     case: int, content: str | bytes, place: str, said: str, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(ConfigError) as caught:
         load_config(file)
-    assert time.monotonic() - begun < 2  # a bomb is counted, not expanded
+    assert time.process_time() - begun < 2  # a bomb is counted, not expanded
     assert (caught.value.code, caught.value.exit_code) == (f"LW-F{case}", 2)
     assert caught.value.place == f"{file}{place}"
     assert said in str(caught.value)
