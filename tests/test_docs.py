@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from layerwise.artifact import EXPORTERS
 from layerwise.method import METHODS
 from tests.conftest import ROOT
 
-DOCS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+DOCS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 
 
 def text_of(name: str) -> str:
@@ -25,6 +26,19 @@ def text_of(name: str) -> str:
 @pytest.mark.parametrize("name", sorted(ANALYZERS))
 def test_every_analyzer_is_on_its_page(name: str) -> None:
     assert f"`{name}`" in text_of("docs/analyzers.md")
+
+
+CARD = ("unit", "direction", "cost", "data", "standard error", "lie", "paper")  # what a method card must speak of
+
+
+@pytest.mark.parametrize("name", sorted(ANALYZERS))
+def test_every_analyzer_has_a_method_card(name: str) -> None:
+    own = ROOT / "docs" / "analyzers" / f"{name}.md"
+    card = own if own.is_file() else ROOT / "docs" / "analyzers" / "baselines.md"
+    text = card.read_text(encoding="utf-8")
+    assert f"`{name}`" in text
+    assert [word for word in CARD if word not in text.lower()] == []
+    assert f"(analyzers/{card.name})" in text_of("docs/analyzers.md"), "no link to the card"
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -56,3 +70,12 @@ def test_the_readmes_python_runs(tmp_path: Path) -> None:
     assert (tmp_path / "smaller.onnx").is_file()
     assert (tmp_path / "report.html").stat().st_size > 1_000_000, "plotly is not inside"
     assert "False" not in done.stdout.split("[(")[1], "a proof failed"
+
+
+def test_the_page_of_speed_and_scale_is_the_one_made_from_the_committed_results() -> None:
+    spec = importlib.util.spec_from_file_location("scale_page", ROOT / "benchmarks" / "scale_page.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.page() == text_of("docs/scale.md")
