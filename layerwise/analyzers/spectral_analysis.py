@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
 from layerwise.analyzer import ANALYZERS
@@ -28,16 +27,8 @@ def eigenvalues(matrix: Tensor) -> Tensor:
     wide = matrix.detach() if matrix.shape[0] <= matrix.shape[1] else matrix.detach().T
     gram = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64, device=wide.device)
     for block in blocks(wide, dim=1):
-        gram = symmetric_update(gram, block)
-    return torch.linalg.eigvalsh(gram, UPLO="L").clamp_min_(0)
-
-
-def symmetric_update(gram: Tensor, block: Tensor) -> Tensor:
-    """gram + block·blockᵀ, of which only the lower triangle is right: half the work of a product, where BLAS can be asked."""
-    if block.device.type != "cpu":
-        return gram.addmm_(block, block.T)
-    rows = block.contiguous().numpy().T  # (columns, rows) as Fortran stores it
-    return torch.from_numpy(dsyrk(1.0, rows, beta=1.0, c=gram.numpy().T, trans=1, lower=0, overwrite_c=1).T)
+        gram.addmm_(block, block.T)
+    return torch.linalg.eigvalsh(gram).clamp_min_(0)
 
 
 def effective_rank(lam: Tensor) -> float:
