@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -78,9 +79,9 @@ class GroupStatistic(Statistic):
             if branch is not None and seen.complete(layer):
                 self.add_(layer.index, *observations(seen.batch, layer, branch), parts)
 
+    @abstractmethod
     def add_(self, layer: int, x: Tensor, weights: Tensor, parts: list[Tensor]) -> None:
         """Takes (samples, positions, units) apart by `parts`."""
-        raise NotImplementedError
 
     @property
     def samples(self) -> int:
