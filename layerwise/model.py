@@ -145,12 +145,17 @@ class UniversalModel:
         return self.layers[index]
 
     def output(self, batch: Batch) -> Tensor:
-        """The forward's main tensor, in eval mode; gradients as the caller has set them."""
+        """The tensor that the task reads, in eval mode; gradients as the caller has set them."""
         with evaluating(self.module):
-            return self.adapter.output(run(self.module, batch.to(self.device)))
+            return self.read(run(self.module, batch.to(self.device)))
+
+    def read(self, raw: Any) -> Tensor:
+        """The one tensor of what the forward gave that the task reads: the task's choice, or else the adapter's main tensor."""
+        chosen = self.task.reads(raw) if self.task is not None else None
+        return self.adapter.output(raw) if chosen is None else chosen
 
     def predict(self, batch: Any) -> Tensor:
-        """The forward's main tensor without gradients."""
+        """The tensor that the task reads, without gradients."""
         with torch.no_grad():
             return self.output(Batch.of(batch))
 

@@ -180,7 +180,7 @@ class Sweep:
 
     def _forward(self, batch: Batch) -> Tensor:
         self.counts.forwards += 1
-        return self.model.adapter.output(run(self.model.module, batch))
+        return self.model.read(run(self.model.module, batch))
 
     def _likelihood(self, output: Tensor, batch: Batch, seed: int) -> Tensor:
         assert self.model.task is not None  # settled before the first batch

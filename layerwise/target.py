@@ -7,12 +7,13 @@ import re
 from dataclasses import dataclass
 
 from layerwise.errors import UsageError, nearest
+from layerwise.metric import METRICS
 
 # Metric → the unit a plain number is in. "x" after the number means: times the uncompressed model's figure.
 COSTS = {"size": "bytes", "params": "", "macs": "", "latency": "ms"}
-QUALITIES = {"accuracy": "", "loss": "nats", "perplexity": "", "divergence": "nats", "agreement": ""}
+QUALITIES = {name: metric.unit for name, metric in METRICS.items()}
 SCALES = {"": 1.0, "k": 1e3, "kb": 1e3, "m": 1e6, "mb": 1e6, "g": 1e9, "gb": 1e9, "ms": 1.0, "s": 1e3, "%": 0.01}
-PATTERN = re.compile(r"\s*([a-z_]+)\s*(<=|>=)\s*([0-9.eE+-]+)\s*([a-zA-Z%]*)\s*")
+PATTERN = re.compile(r"\s*([a-z_0-9]+)\s*(<=|>=)\s*([0-9.eE+-]+)\s*([a-zA-Z%]*)\s*")
 
 
 @dataclass(frozen=True)

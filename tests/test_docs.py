@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,8 @@ import layerwise
 from layerwise.analyzer import ANALYZERS
 from layerwise.artifact import EXPORTERS
 from layerwise.method import METHODS
+from layerwise.metric import METRICS
+from layerwise.task import TASKS
 from tests.conftest import ROOT
 
 DOCS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -70,6 +73,21 @@ def test_the_readmes_python_runs(tmp_path: Path) -> None:
     assert (tmp_path / "smaller.onnx").is_file()
     assert (tmp_path / "report.html").stat().st_size > 1_000_000, "plotly is not inside"
     assert "False" not in done.stdout.split("[(")[1], "a proof failed"
+
+
+@pytest.mark.parametrize("name", [n for n in sorted(TASKS) if f"## `{n}`\n" in text_of("docs/tasks.md")])
+def test_each_tasks_example_runs_and_shows_metrics_that_are_known(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = text_of("docs/tasks.md").split(f"## `{name}`\n")[1].split("\n## ")[0]
+    monkeypatch.chdir(tmp_path)
+    for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+        shown: dict[str, Any] = {}
+        exec(compile(block, name, "exec"), shown)
+        said = re.search(r"report\.metrics  # (.*)", block)
+        assert said is not None
+        assert set(shown["report"].metrics) == set(said[1].split(", "))
+        assert set(shown["report"].metrics) <= set(METRICS)
 
 
 def test_the_page_of_speed_and_scale_is_the_one_made_from_the_committed_results() -> None:

@@ -81,7 +81,7 @@ def exported(model: UniversalModel, batches: Sequence[Batch]) -> tuple[Any, Inpu
     for other in batches:
         inputs.values(other)
     values = inputs.values(batch)
-    forward = NamedForward(model.module, inputs, batch, model.adapter.output)
+    forward = NamedForward(model.module, inputs, batch, model.read)
     with evaluating(model.module), compact(model.module), torch.no_grad(), _quiet():
         forward.eval()
         try:

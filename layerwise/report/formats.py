@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from layerwise.errors import printable
+from layerwise.metric import METRICS
 from layerwise.target import COSTS, QUALITIES
 
 DASH = "–"
@@ -15,9 +16,9 @@ BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 POWERS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 TIMES = ((1e3, "s"), (1.0, "ms"), (1e-3, "µs"))
 SCALED = {"size": BYTES, "macs": POWERS, "latency": TIMES}
-HIGHER_IS_BETTER = frozenset({"accuracy", "agreement"})
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "divergence", "size", "params", "macs", "latency", "nonzero"})
-SHARES = frozenset({"accuracy", "agreement"})  # 0 … 1, read as percent
+HIGHER_IS_BETTER = frozenset(name for name, metric in METRICS.items() if metric.higher_is_better)
+LOWER_IS_BETTER = frozenset({*METRICS, "size", "params", "macs", "latency", "nonzero"}) - HIGHER_IS_BETTER
+SHARES = frozenset(name for name, metric in METRICS.items() if metric.share)  # 0 … 1, read as percent
 
 
 def number(x: float, digits: int = 4) -> str:
@@ -69,8 +70,7 @@ FIGURES: dict[str, Callable[[float], str]] = {
     "nonzero": count,
     "macs": macs,
     "latency": milliseconds,
-    "accuracy": percent,
-    "agreement": percent,
+    **dict.fromkeys(SHARES, percent),
 }
 
 

@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from layerwise.errors import UsageError, nearest
+from layerwise.metric import METRICS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,12 +23,18 @@ Row = dict[str, Any]
 
 COSTS = ("size", "params", "nonzero", "macs", "latency", "ratio")
 # A task's own quality; for other tasks the first of PREFERRED that was measured.
-QUALITY = {"classification": "accuracy", "language_modelling": "perplexity", "fidelity": "divergence"}
+QUALITY = {
+    "classification": "accuracy",
+    "fidelity": "divergence",
+    "language_modelling": "perplexity",
+    "multi_label": "auc",
+    "regression": "rmse",
+}
 PREFERRED = (
     "accuracy", "f1", "f1_score", "auc", "ndcg", "map", "miou", "recall", "precision", "bleu", "rouge", "agreement",
     "perplexity", "wer", "cer", "rmse", "mse", "mae", "divergence", "loss",
 )  # fmt: skip
-LOWER_IS_BETTER = {*COSTS, "perplexity", "divergence", "loss", "wer", "cer", "rmse", "mse", "mae"}
+LOWER_IS_BETTER = {*COSTS, "wer", "cer", *(name for name, known in METRICS.items() if not known.higher_is_better)}
 LOWER_ENDINGS = ("_loss", "_error", "error_rate", "_distance", "_perplexity", "_divergence")
 
 COLUMNS = [

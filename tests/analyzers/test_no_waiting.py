@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from layerwise import task
 from layerwise.analyzer import ANALYZERS
 from layerwise.feeding import Feeder
+from layerwise.tasks import classification
 from tests.models import CASES
 
 OBSERVING = [name for name in sorted(ANALYZERS) if getattr(ANALYZERS[name]().statistic(CASES["vit"].model()), "needs", None)]
@@ -33,7 +33,9 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize("subject", ["vit", "bert"])
 @pytest.mark.parametrize("name", OBSERVING)
 def test_nothing_is_read_back_while_a_batch_is_fed(name: str, subject: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task, "check_classes", lambda labels, classes: None)  # labels are asked on the host, before the copy
+    monkeypatch.setattr(
+        classification, "check_classes", lambda labels, classes: None
+    )  # labels are asked on the host, before the copy
     case = CASES[subject]
     model, data = case.model(), case.data(4, 4, 4)
     model.see(data[0])

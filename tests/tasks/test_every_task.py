@@ -1,0 +1,47 @@
+"""What holds for every registered task: it is known everywhere by its name, and its metrics to reports and targets."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from layerwise.errors import UsageError
+from layerwise.metric import METRICS
+from layerwise.report.words import CHINESE, ENGLISH
+from layerwise.target import Target
+from layerwise.task import TASKS, task_named
+from layerwise.tracking.leaderboard import QUALITY, lower_is_better
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_is_a_frozen_set_of_settings_under_its_own_name(name: str) -> None:
+    task = task_named(name)
+    assert task.name == name
+    assert task == dataclasses.replace(task)  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_reports_targets_and_the_leaderboard_know_what_a_task_is_judged_by(name: str) -> None:
+    task = TASKS[name]
+    assert QUALITY[name] == task.quality
+    assert METRICS[task.quality].higher_is_better == task.higher_is_better
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_metric_can_be_a_target_and_has_a_name_in_both_languages(metric: str) -> None:
+    assert Target.parse(f"{metric}>=0.9x").metric == metric
+    assert lower_is_better(metric) != METRICS[metric].higher_is_better
+    assert f"metric.{metric}" in ENGLISH
+    assert f"metric.{metric}" in CHINESE
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_is_documented(name: str) -> None:
+    assert f"`{name}`" in (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+
+
+def test_an_unknown_task_is_told_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match="Did you mean 'regression'"):
+        task_named("regresion")
