@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from layerwise.adapter import ADAPTERS, ModalityAdapter, library_of
 from layerwise.adapters._labels import labels_of
+from layerwise.adapters._tokens import ends, filler, longest, mask_of, padded, shifted, start, tokenizer_in
 from layerwise.data import Batch, Row
 from layerwise.errors import DataError
 from layerwise.heads import EncoderWithHead, PooledEncoder, encoder_of
@@ -21,7 +22,6 @@ from layerwise.rows import Record, place_of
 from layerwise.task import Fidelity, LanguageModelling, Task
 
 EXAMPLE = (2, 16)  # samples, tokens
-UNBOUNDED = 10**6  # tokenizers write 1e30 for "no maximum"
 
 
 @ADAPTERS.register("text")
@@ -52,13 +52,13 @@ class TextModalityAdapter(ModalityAdapter):
     @classmethod
     def of(cls, module: nn.Module, folder: Path | None = None) -> TextModalityAdapter:
         inner: Any = encoder_of(module)
-        tokenizer = _tokenizer(folder or Path(inner.config.name_or_path or "?"))
+        tokenizer = tokenizer_in(folder or Path(inner.config.name_or_path or "?"))
         vocabulary = int(inner.get_input_embeddings().weight.shape[0])
         return cls(
             vocabulary=vocabulary,
-            longest=_longest(inner.config, tokenizer),
-            pad=_pad(inner.config, tokenizer, vocabulary),
-            start=_start(inner.config, vocabulary) if is_sequence_to_sequence(inner) else None,
+            longest=longest(inner.config, tokenizer),
+            pad=filler(inner.config, tokenizer, vocabulary),
+            start=start(inner.config, vocabulary) if is_sequence_to_sequence(inner) else None,
             causal=inner is module and is_causal(inner),
             tokenizer=tokenizer,
             fixed=(("use_cache", False),) if inner is module and _caches(inner) else (),
@@ -139,17 +139,16 @@ class TextModalityAdapter(ModalityAdapter):
     def collate(self, rows: Sequence[Row]) -> Batch:
         """``input_ids`` and ``attention_mask`` (samples, tokens), the decoder's too where there is one; labels (samples,)."""
         ready, _ = self.prepare(rows)
-        kwargs: dict[str, Any] = {"input_ids": _padded([r["input_ids"] for r in ready], self.pad)}
-        kwargs["attention_mask"] = _padded([[1] * len(r["input_ids"]) for r in ready], 0)
+        kwargs: dict[str, Any] = {"input_ids": padded([r["input_ids"] for r in ready], self.pad)}
+        kwargs["attention_mask"] = mask_of([r["input_ids"] for r in ready])
         if all("token_type_ids" in r for r in ready):
-            kwargs["token_type_ids"] = _padded([r["token_type_ids"] for r in ready], 0)
+            kwargs["token_type_ids"] = padded([r["token_type_ids"] for r in ready], 0)
         labels = labels_of(ready)
         if self.start is not None:  # the decoder sees the target, or without one the text itself, one step late
-            shifted = [[self.start, *r.get("target_ids", r["input_ids"])] for r in ready]
-            kwargs["decoder_input_ids"] = _padded(shifted, self.pad)
-            kwargs["decoder_attention_mask"] = _padded([[1] * len(ids) for ids in shifted], 0)
+            targets = [r.get("target_ids", r["input_ids"]) for r in ready]
+            kwargs["decoder_input_ids"], kwargs["decoder_attention_mask"], wanted = shifted(targets, self.start, self.pad)
             if labels is None and all("target_ids" in r for r in ready):
-                labels = _padded(shifted, -100)
+                labels = wanted
         return Batch((), {**kwargs, **dict(self.fixed)}, labels)
 
     def example(self, module: nn.Module) -> Batch:
@@ -157,12 +156,12 @@ class TextModalityAdapter(ModalityAdapter):
         inner: Any = encoder_of(module)
         samples, tokens = EXAMPLE
         generator = torch.Generator().manual_seed(0)
-        ends = _end(inner.config, self.vocabulary)
-        special = {inner.config.pad_token_id, getattr(inner.config, "bos_token_id", None), *ends, self.start}
+        closing = ends(inner.config, self.vocabulary)
+        special = {inner.config.pad_token_id, getattr(inner.config, "bos_token_id", None), *closing, self.start}
         plain = [i for i in range(min(self.vocabulary, 4096)) if i not in special] or [0]
         length = min(tokens, self.longest or tokens)
         drawn = torch.randint(len(plain), (samples, length), generator=generator)
-        rows = [[plain[i] for i in row[: length - 1]] + (ends[:1] or [plain[0]]) for row in drawn.tolist()]
+        rows = [[plain[i] for i in row[: length - 1]] + (closing[:1] or [plain[0]]) for row in drawn.tolist()]
         return self.collate([{"input_ids": row} for row in rows])
 
     def default_task(self, module: nn.Module, batch: Batch, output: Tensor) -> Task:
@@ -186,41 +185,6 @@ class TextModalityAdapter(ModalityAdapter):
             self.tokenizer.save_pretrained(folder)
 
 
-def _tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, or None where it has none."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model")):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # damaged files fail anywhere in the library, some in Rust
-        raise DataError(f"The tokenizer cannot be read: {error}", place=str(folder), remedy="Copy its files again.") from error
-
-
-def _longest(config: Any, tokenizer: Any) -> int | None:
-    known = [getattr(config.get_text_config(), "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
-    return min((int(n) for n in known if n and 0 < n < UNBOUNDED), default=None)
-
-
-def _pad(config: Any, tokenizer: Any, vocabulary: int) -> int:
-    """Models without a padding token are padded with any: the mask leaves it out."""
-    known = (getattr(config, "pad_token_id", None), getattr(tokenizer, "pad_token_id", None), *_end(config, vocabulary), 0)
-    return next(int(i) for i in known if i is not None and 0 <= i < vocabulary)
-
-
-def _end(config: Any, vocabulary: int) -> list[int]:
-    """The ids that end a text: none, one, or a list in the configuration; a shrunk model may name one it does not have."""
-    found = getattr(config, "eos_token_id", None)
-    ids = list(found) if isinstance(found, Iterable) else [found]
-    return [int(i) for i in ids if i is not None and 0 <= i < vocabulary]
-
-
-def _start(config: Any, vocabulary: int) -> int:
-    known = (getattr(config, "decoder_start_token_id", None), getattr(config, "bos_token_id", None), config.pad_token_id, 0)
-    return next(int(i) for i in known if i is not None and 0 <= i < vocabulary)
-
-
 def _caches(module: Any) -> bool:
     """Whether its forward would give a cache: one more output that grows, which neither replay nor export needs."""
     takes = "use_cache" in inspect.signature(type(module).forward).parameters
@@ -230,8 +194,3 @@ def _caches(module: Any) -> bool:
 def _embeds(module: nn.Module) -> bool:
     """Whether it gives hidden states and no logits."""
     return not isinstance(module, EncoderWithHead) and (isinstance(module, PooledEncoder) or is_bare(module))
-
-
-def _padded(sequences: Sequence[Sequence[int]], filler: int) -> Tensor:
-    width = max(len(s) for s in sequences)
-    return torch.tensor([[*s, *[filler] * (width - len(s))] for s in sequences])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from layerwise.adapter import ADAPTERS, ModalityAdapter, library_of
 from layerwise.adapters._image import Transform
 from layerwise.adapters._labels import labels_of
+from layerwise.adapters._settings import json_file, processor
 from layerwise.data import Batch, Row
 from layerwise.errors import DataError
 from layerwise.heads import EncoderWithHead, encoder_of
@@ -47,10 +48,10 @@ class VisionModalityAdapter(ModalityAdapter):
     def of(cls, module: nn.Module, folder: Path | None = None) -> VisionModalityAdapter:
         inner = encoder_of(module)
         argument = "pixel_values" if "transformers" in library_of(inner) else ""
-        saved = _json(folder / SETTINGS) if folder else {}
+        saved = json_file(folder / SETTINGS) if folder else {}
         if saved:
             return cls(_from_json(saved), argument)
-        hugging = _from_processor(_json(folder / "preprocessor_config.json")) if folder and argument else None
+        hugging = _from_processor(processor(folder, "image_processor")) if argument else None
         return cls(_fitting(hugging or _from_cfg(_described(inner)), inner), argument)
 
     def collate(self, rows: Sequence[Row]) -> Batch:
@@ -152,13 +153,3 @@ def _embeds(module: nn.Module) -> bool:
     if isinstance(module, EncoderWithHead):
         return False
     return is_bare(module) if "transformers" in library_of(module) else getattr(module, "num_classes", None) == 0
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"is not readable JSON: {error}", place=str(path.absolute()), remedy="Copy it again.") from error
-    return content if isinstance(content, dict) else {}

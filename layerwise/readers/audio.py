@@ -18,15 +18,28 @@ MAX_SAMPLES = 500_000_000  # three hours at 44.1 kHz: 2 GB once decoded
 def decoded(row: Record, folder: Path | None) -> Record:
     """The row with ``audio`` as float32 samples (one channel) and ``sample_rate`` in Hz.
 
-    ``audio`` came as bytes, ``{"bytes": …}`` or a path, relative to `folder`. Raises `DataError` or `DataShardError`.
+    ``audio`` came as bytes, ``{"bytes": …}``, ``{"array": …, "sampling_rate": …}``, samples, or a path relative to `folder`;
+    samples keep their own rate, if the row says one, and a row without a clip stays as it is: models of several modalities read
+    such rows. Raises `DataError` or `DataShardError`.
     """
     value = row["audio"]
+    if value is None:
+        return row
     if isinstance(value, dict):
+        row = Record({**row, "sample_rate": value.get("sampling_rate", row.get("sample_rate"))}, row.place)
         value = value.get("array") if value.get("array") is not None else value.get("bytes") or value.get("path")
     if isinstance(value, np.ndarray | list):
-        return Record({**row, "audio": np.asarray(value, dtype=np.float32)}, row.place)
+        return Record({**row, "audio": _numbers(value, row.place)}, row.place)
     samples, rate = _decode(value, folder, row.place)
     return Record({**row, "audio": samples, "sample_rate": rate}, row.place)
+
+
+def _numbers(value: Any, place: str) -> np.ndarray:
+    try:
+        return np.asarray(value, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        what = f"The samples of the clip are no numbers: {error}."
+        raise DataError(what, place=place, remedy="Give bytes, a path or samples.", code="LW-D32") from error
 
 
 def _decode(value: Any, folder: Path | None, place: str) -> tuple[np.ndarray, int]:

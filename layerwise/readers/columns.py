@@ -14,7 +14,8 @@ from layerwise.readers.table import Table
 from layerwise.rows import Record
 
 INPUTS = ("text", "image", "audio", "x", "input_ids")
-ROLES = (*INPUTS, "text_pair", "target", "label")
+ROLES = (*INPUTS, "text_pair", "target", "sample_rate", "label")
+RATES = ("sample_rate", "sampling_rate")  # beside audio only: elsewhere it is a number like any other
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "text": ("text", "sentence", "review", "content", "document"),
     "image": ("image", "img"),
@@ -45,8 +46,9 @@ def with_roles(table: Table, given: Mapping[str, Any]) -> Table:
         values = {role: row.get(column) for role, column in roles.items()}
         values |= {"x": [row[c] for c in listed]} if listed is not None else {}
         rows.append(Record({**values, **{name: row[name] for name in label}}, row.place))
+    several = len(roles.keys() & set(INPUTS)) > 1  # then a row may lack one of them
     for role in roles.keys() & {"text", "text_pair", "target"}:
-        _check_text(rows, role, roles[role])
+        _check_text([row for row in rows if not (several and row[role] is None)], role, roles[role])
     return replace(table, rows=rows, columns=(*roles, *(("x",) if listed else ()), *label))
 
 
@@ -70,7 +72,8 @@ def _roles(table: Table, given: Mapping[str, Any]) -> dict[str, Any]:
             found[role] = column
     if not any(role in found for role in INPUTS) and _names_audio(table):
         found["audio"] = "path"
-    return found
+    rate = next((c for c in RATES if c in table.columns and c not in found.values()), None)
+    return {"sample_rate": rate, **found} if "audio" in found and rate else found
 
 
 def _names_audio(table: Table) -> bool:

@@ -34,6 +34,14 @@ def bert() -> nn.Module:
     return tf.BertForSequenceClassification(tf.BertConfig(**sizes, vocab_size=60))
 
 
+def wav2vec2() -> nn.Module:
+    front: dict[str, Any] = {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_feat_extract_layers": 2}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    position = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8}
+    config = tf.Wav2Vec2Config(**front, **sizes, **position, feat_extract_norm="layer", do_stable_layer_norm=True)
+    return tf.Wav2Vec2ForSequenceClassification(config)
+
+
 def vit() -> nn.Module:
     return timm.create_model("vit_tiny_patch16_224", img_size=8, patch_size=2, embed_dim=16, depth=2, num_heads=2, num_classes=3)
 
@@ -43,7 +51,11 @@ def plain() -> nn.Module:
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+CLIP = np.random.default_rng(1).normal(0, 0.1, 900).astype(np.float32)
 CASES = {
+    "audio": Case(
+        wav2vec2, [{"audio": CLIP, "sample_rate": 16000, "label": 1}, {"audio": CLIP[:500], "sample_rate": 16000, "label": 0}]
+    ),
     "tensor": Case(plain, [{"x": [1.0, 2.0, 3.0], "label": 0}, {"x": [0.0, 1.0, 0.0], "label": 1}]),
     "text": Case(bert, [{"input_ids": [5, 6, 7], "label": 1}, {"input_ids": [8], "label": 0}]),
     "vision": Case(vit, [{"image": PIXELS, "label": 2}, {"image": PIXELS[:, :, 0], "label": 0}]),
