@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -132,15 +131,13 @@ class ImportanceReport:
         return self.at(self.granularities[0]) if len(self.granularities) > 1 else self
 
     def ranks(self, scores: Scores) -> dict[str, tuple[int, int]]:
-        """Layer → (rank, of how many). 1 is the most important; layers are ranked among those of their own granularity."""
-        of = {layer.name: layer.granularity for layer in self.layers}
-        counts: Counter[str] = Counter()
-        places: dict[str, int] = {}
-        for name in scores.ranks():
-            if name in of:
-                counts[of[name]] += 1
-                places[name] = counts[of[name]]
-        return {name: (place, counts[of[name]]) for name, place in places.items()}
+        """Layer → (rank, of how many). 1 is the most important, equal scores share a rank, granularities are ranked apart."""
+        found: dict[str, tuple[int, int]] = {}
+        for granularity in self.granularities:
+            names = {layer.name for layer in self.layers if layer.granularity == granularity}
+            ranks = replace(scores, entries={n: e for n, e in scores.entries.items() if n in names}).ranks()
+            found |= {name: (rank, len(ranks)) for name, rank in ranks.items()}
+        return found
 
     def to_frame(self) -> pd.DataFrame:
         """One row per layer and method; `rank` 1 is the most important layer, missing where there is no score."""

@@ -69,9 +69,11 @@ class Scores(Mapping[str, float]):
         return {name: e.value for name, e in self.entries.items() if e.status is Status.OK}
 
     def ranks(self) -> dict[str, int]:
-        """Layer → rank, 1 = most important; ties keep the order of the layers; layers without a score are absent."""
-        ordered = sorted(self.usable().items(), key=lambda item: -item[1])
-        return {name: position for position, (name, _) in enumerate(ordered, start=1)}
+        """Layer → rank, 1 = most important, in that order; equal scores share the best of their ranks; no score, no rank."""
+        usable = self.usable()
+        ordered = sorted(usable, key=lambda name: -usable[name])
+        first: dict[float, int] = {}
+        return {name: first.setdefault(usable[name], place) for place, name in enumerate(ordered, start=1)}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, the inverse of `from_dict`."""

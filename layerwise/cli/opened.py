@@ -75,7 +75,7 @@ def _ranked(report: ImportanceReport) -> list[list[str]]:
     from layerwise.report import formats
 
     placed = report.consensus().ranks()
-    ranks = [scores.ranks() for scores in report.scores.values()]
+    ranks = [formats.places(scores.ranks()) for scores in report.scores.values()]
     infos = {layer.name: layer for layer in report.layers}
     order = [*placed, *(name for name in infos if name not in placed)]
     return [
@@ -84,7 +84,7 @@ def _ranked(report: ImportanceReport) -> list[list[str]]:
             name,
             infos[name].kind,
             formats.count(infos[name].parameters),
-            *(str(found.get(name, formats.DASH)) for found in ranks),
+            *(found.get(name, formats.DASH) for found in ranks),
         ]
         for position, name in enumerate(order, start=1)
     ]

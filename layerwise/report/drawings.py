@@ -77,7 +77,7 @@ def _cell(cell: views.Cell, x: float, y: float) -> list[str]:
         return [grey, mark("path", d=path, stroke="#8a8a8a", fill="none")]
     colour = blend(VIRIDIS, cell.share)
     box = mark("rect", x=x, y=y, width=width, height=height, fill=colour)
-    rank = text(str(cell.rank), x + width / 2, y + 15.5, fill=readable_on(colour), text_anchor="middle", font_size=11)
+    rank = text(cell.place, x + width / 2, y + 15.5, fill=readable_on(colour), text_anchor="middle", font_size=11)
     return [box, rank]
 
 

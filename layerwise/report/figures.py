@@ -21,6 +21,8 @@ from layerwise.report.story import Story
 Figure = dict[str, Any]
 MEGABYTE = 1e6
 DIAGONALS = ((0.42, 0.46), (0.14, 0.16), (-0.14, -0.16))  # of a hatched cell, in parts of it from the centre
+WHOLE = {"ticklabeloverflow": "allow"}  # plotly otherwise leaves out names that lean over the edge
+SLANTED = 84  # pixels
 LABELLED = 60  # layers up to which each cell shows its rank
 
 
@@ -46,7 +48,7 @@ def heatmap(story: Story) -> Figure | None:
         "zmin": 0,
         "zmax": 1,
         "colorscale": [[i / (len(VIRIDIS) - 1), colour] for i, colour in enumerate(VIRIDIS)],
-        "text": [["" if cell.rank is None else str(cell.rank) for cell in cells] for cells in chart.rows],
+        "text": [[cell.place for cell in cells] for cells in chart.rows],
         "texttemplate": "%{text}" if len(chart.layers) <= LABELLED else "",
         "textfont": {"size": 11},
         "colorbar": _bar(say("axis.least"), say("axis.most")),
@@ -58,12 +60,14 @@ def heatmap(story: Story) -> Figure | None:
     }
     names = [story.method(m) for m in chart.methods]
     layout = _layout(height=190 + len(chart.layers) * (24 if len(chart.layers) <= LABELLED else 13))
-    layout["xaxis"] = _axis(say("axis.method")) | _named(names, 20) | {"side": "top", "tickangle": -45}
+    layout["xaxis"] = _axis(say("axis.method")) | _named(names, 20) | {"side": "top", "tickangle": -45} | WHOLE
     layout["yaxis"] = _axis(say("axis.layer")) | _ticks(views.short_names(chart.layers)) | {"autorange": "reversed"}
     layout["shapes"] = _hatching(chart)
+    edge, layout["margin"] = layout["margin"], layout["margin"] | {"r": SLANTED}  # the last names lean over the edge
     narrow = {
         "yaxis.ticktext": _safe(views.short_names(chart.layers, 11)),
         "xaxis.tickangle": -90,
+        "margin.r": edge["r"],
         "data.1.textfont.size": 9 if len(names) < 12 else 7,
     }
     return {"data": [missing, ranked], "layout": layout, "narrow": narrow}
@@ -199,7 +203,7 @@ def _cell_text(story: Story, layer: str, method: str, cell: views.Cell) -> str:
     if cell.rank is None:
         return f"{head}<br>{_lines(name, say(f'status.{entry.status}'), entry.reason)}"
     score = f"{say('score')} {formats.with_spread('', entry.value, entry.stderr)}"
-    rank = say("rank.of", rank=cell.rank, of=cell.of)
+    rank = say("rank.of", rank=cell.place, of=cell.of)
     return f"{head}<br>{_lines(name, score, cell.unit, rank, entry.reason)}"
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 
 from layerwise.errors import printable
 from layerwise.metric import METRICS
@@ -32,6 +33,17 @@ def number(x: float, digits: int = 4) -> str:
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(x)))) if x else 0
     text = f"{x:,.{decimals}f}"
     return _minus(text.rstrip("0").rstrip(".") if "." in text else text)
+
+
+def place(rank: int, sharing: int) -> str:
+    """A rank, marked ``=`` where several share it."""
+    return f"={rank}" if sharing > 1 else str(rank)
+
+
+def places(ranks: Mapping[str, int]) -> dict[str, str]:
+    """Layer → its rank as it is written."""
+    sharing = Counter(ranks.values())
+    return {name: place(rank, sharing[rank]) for name, rank in ranks.items()}
 
 
 def count(x: float) -> str:

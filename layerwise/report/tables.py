@@ -16,6 +16,7 @@ from layerwise.report.story import Story
 from layerwise.report.verdict import change_in_words, target_in_words
 from layerwise.result import Measurement, Proof
 
+DIGITS = 12  # of a fingerprint in the leaderboard
 LEADERS = 20  # rows of the leaderboard that are shown
 OUTCOMES = {True: ("good", "outcome.passed"), False: ("bad", "outcome.failed"), None: ("info", "outcome.na")}
 ORDER = ("name", "kind", "format", "path", "size", "parity", "sha256")  # of an artifact's columns
@@ -41,7 +42,7 @@ def scores(story: Story) -> Table:
         (
             layer,
             story.method(method),
-            formats.DASH if cell.rank is None else f"{cell.rank}/{cell.of}",
+            formats.DASH if cell.rank is None else f"{cell.place}/{cell.of}",
             formats.number(cell.entry.value),
             formats.number(cell.entry.stderr, 2),
             cell.unit,
@@ -180,7 +181,7 @@ def leaderboard(story: Story) -> Table | None:
         return None
     top = frame.head(LEADERS)
     names = [str(c) for c in top.columns]
-    rows = [tuple(_value(n, v) for n, v in zip(names, row, strict=True)) for row in top.itertuples(index=False, name=None)]
+    rows = [tuple(_shown(n, v) for n, v in zip(names, row, strict=True)) for row in top.itertuples(index=False, name=None)]
     numeric = frozenset(i for i, dtype in enumerate(top.dtypes) if pd.api.types.is_numeric_dtype(dtype))
     return Table(tuple(story.metric(n) for n in names), tuple(rows), numeric)
 
@@ -230,6 +231,11 @@ def _pairs(values: Mapping[str, str]) -> str:
 
 def _interval(low: float, high: float) -> str:
     return f"{formats.number(low, 2)} … {formats.number(high, 2)}" if math.isfinite(low) else formats.DASH
+
+
+def _shown(name: str, value: Any) -> str:
+    """As `_value`; of a fingerprint its beginning, which tells the rows apart."""
+    return value[:DIGITS] if isinstance(value, str) and name.endswith("fingerprint") else _value(name, value)
 
 
 def _value(name: str, value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -23,13 +24,17 @@ MOST_ROWS = 120  # layers of one granularity that the page shows: blocks of the 
 
 @dataclass(frozen=True)
 class Cell:
-    """One method's word on one layer. `share` is the share of scored layers ranked below (1: most important, NaN: no score)."""
+    """One method's word on one layer. `share` is the share of scored layers ranked below (1: most important, NaN: no score).
+
+    `place` is the rank as it is written, with ``=`` where several layers share it; their `share` is that of the middle one.
+    """
 
     entry: LayerScore
     unit: str
     rank: int | None
     of: int
     share: float
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,12 +119,20 @@ def _shown(report: ImportanceReport) -> tuple[str, ...]:
 
 def _cells(report: ImportanceReport, scores: Scores, layers: Iterable[str]) -> list[Cell]:
     ranks = report.ranks(scores)
+    granularity = {layer.name: layer.granularity for layer in report.layers}
+    sharing = Counter((granularity[n], rank) for n, (rank, _) in ranks.items())
     lost = LayerScore.missing(Status.FAILED, "the method returned nothing for this layer")
-    return [
-        Cell(scores.entries.get(n, lost), scores.unit, rank, of, math.nan if rank is None else 1 - (rank - 1) / max(of - 1, 1))
-        for n in layers
-        for rank, of in [ranks.get(n, (None, 0))]
-    ]
+    cells = []
+    for name in layers:
+        entry = scores.entries.get(name, lost)
+        if name not in ranks:
+            cells.append(Cell(entry, scores.unit, None, 0, math.nan))
+            continue
+        rank, of = ranks[name]
+        tied = sharing[granularity[name], rank]
+        share = 1 - (rank - 1 + (tied - 1) / 2) / max(of - 1, 1)
+        cells.append(Cell(entry, scores.unit, rank, of, share, formats.place(rank, tied)))
+    return cells
 
 
 def concord(report: ImportanceReport) -> Concord:

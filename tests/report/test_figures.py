@@ -150,3 +150,20 @@ def test_text_is_readable_on_every_colour() -> None:
     assert readable_on("#ffffff") == "#1a1a1a"
     assert readable_on("#440154") == "#ffffff"
     assert blend(("#000000", "#ffffff"), 0.5) == "#808080"
+
+
+def test_layers_with_equal_scores_share_a_rank_and_the_middle_colour() -> None:
+    base = factory.report(layers=4, methods=2)
+    scores = base.scores["method_0"] if "method_0" in base.scores else next(iter(base.scores.values()))
+    equal = {name: replace(entry, value=1.0) for name, entry in scores.entries.items()}
+    chart = views.heatmap(replace(base, scores={**base.scores, scores.method: replace(scores, entries=equal)}))
+    column = [row[chart.methods.index(scores.method)] for row in chart.rows]
+    assert {cell.place for cell in column} == {"=1"}
+    assert {cell.share for cell in column} == {0.5}
+
+
+def test_the_last_methods_of_many_keep_their_names() -> None:
+    figure = figures.heatmap(Story(factory.report(methods=20), Words("en")))
+    assert figure is not None
+    assert figure["layout"]["xaxis"]["ticklabeloverflow"] == "allow"  # plotly leaves out what leans over the edge otherwise
+    assert figure["layout"]["margin"]["r"] > figure["narrow"]["margin.r"]
