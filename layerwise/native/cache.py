@@ -1,0 +1,101 @@
+"""What is remembered of the tokens before: per layer one vector each (the vein's coordinates), in a buffer that grows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+SPARE = 64  # tokens of room beyond a quarter of what is held
+
+
+class VeinCache:
+    """One layer's tokens, (B, kept, width): r numbers each with ``scope="latent"``, for all heads, keys and values together.
+
+    `window` > 0 keeps only the last so many. `length` counts all tokens ever seen, `kept` those still there. Holds no gradients.
+    """
+
+    def __init__(self, window: int = 0, capacity: int = 0) -> None:
+        self.window, self.capacity = window, capacity
+        self.length = self.start = self.stop = 0
+        self._buffer: Tensor | None = None
+
+    @property
+    def kept(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """(B, kept, width), a view; None before the first."""
+        return None if self._buffer is None else self._buffer[:, self.start : self.stop]
+
+    @property
+    def floats(self) -> int:
+        """How many numbers are held; the buffer may have room for more."""
+        return 0 if self.tokens is None else self.tokens.numel()
+
+    def append(self, new: Tensor) -> Tensor:
+        """Adds (B, T, width) and gives all that the new tokens may see; what falls out of the window is let go afterwards."""
+        new = new.detach()
+        if self._buffer is None or self.stop + new.shape[1] > self._buffer.shape[1]:
+            self._grow(new)
+        assert self._buffer is not None  # _grow made it
+        self._buffer[:, self.stop : self.stop + new.shape[1]] = new
+        self.stop += new.shape[1]
+        self.length += new.shape[1]
+        seen = self._buffer[:, self.start : self.stop]
+        if self.window:
+            self.start = max(self.start, self.stop - self.window)
+        return seen
+
+    def _grow(self, new: Tensor) -> None:
+        old = self.tokens
+        need = self.kept + new.shape[1]
+        size = max(need + need // 4 + SPARE if self._buffer is not None else need, self.capacity)
+        buffer = new.new_empty(new.shape[0], size, new.shape[2])
+        if old is not None:
+            buffer[:, : self.kept] = old
+        self._buffer, self.start, self.stop = buffer, 0, self.kept
+
+    def reorder_(self, order: Tensor) -> None:
+        """Row i becomes what row ``order[i]`` was: for beams."""
+        if self._buffer is not None:
+            self._buffer = self._buffer.index_select(0, order)
+
+
+@dataclass
+class VFTCache:
+    """A model's: one cache per layer, and which of the tokens count, (B, length), None where all do."""
+
+    layers: list[VeinCache]
+    keep: Tensor | None = field(default=None)
+
+    @property
+    def length(self) -> int:
+        """Tokens seen."""
+        return self.layers[0].length
+
+    @property
+    def floats(self) -> int:
+        """Numbers held by all layers."""
+        return sum(layer.floats for layer in self.layers)
+
+    def see(self, rows: int, tokens: int, mask: Tensor | None, device: torch.device) -> Tensor | None:
+        """Adds the new tokens' mask, and gives that of all."""
+        if self.keep is None and mask is None:
+            return None
+        before = self.keep if self.keep is not None else torch.ones(rows, self.length, dtype=torch.bool, device=device)
+        new = mask.bool() if mask is not None else torch.ones(rows, tokens, dtype=torch.bool, device=device)
+        self.keep = torch.cat((before, new), 1)
+        return self.keep
+
+    def reorder_(self, order: Tensor) -> None:
+        """Row i of every layer becomes what row ``order[i]`` was."""
+        for layer in self.layers:
+            layer.reorder_(order)
+        if self.keep is not None:
+            self.keep = self.keep.index_select(0, order)
+
+
+__all__ = ["VFTCache", "VeinCache"]
