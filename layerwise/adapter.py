@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from layerwise import trees
 from layerwise.data import Batch, Row
 from layerwise.errors import UserModelError
 from layerwise.registry import Registry
-from layerwise.task import Classification, Fidelity, Task
+from layerwise.task import Classification, Fidelity, Task, task_named
 
 PREFERRED = ("logits", "pred_logits", "text_embeds", "pooler_output", "last_hidden_state")
 
@@ -52,13 +53,17 @@ class ModalityAdapter(ABC):
         """A small valid batch made from nothing, to trace the model with; None where that cannot be known."""
         return None
 
+    def accept(self, batch: Batch) -> None:
+        """Raises `DataError` for a ready batch of a form that could not be taken apart by samples."""
+
     def output(self, raw: Any) -> Tensor:
         """The tensor that tasks read. Raises `UserModelError` (LW-U78) when the forward gave none."""
         return main_tensor(raw)
 
     def default_task(self, module: nn.Module, batch: Batch, output: Tensor) -> Task:
-        """With labels, classification; without, fidelity to the model's own outputs."""
-        return Classification() if batch.labels is not None and output.dim() == 2 else self.fidelity(module)
+        """What the labels are of (`suited_task`); without labels, fidelity to the model's own outputs."""
+        suited = suited_task(batch.labels, output)
+        return self.fidelity(module) if suited is None else suited
 
     def fidelity(self, module: nn.Module) -> Fidelity:
         """The divergence that suits the outputs of `module`: KL of logits, or the cosine where they are embeddings."""
@@ -75,6 +80,23 @@ def adapter_for(module: nn.Module, folder: Path | None = None) -> ModalityAdapte
     """The adapter that claims `module` with the highest priority (the plain tensor adapter claims everything)."""
     claiming = [cls for cls in ADAPTERS.values() if cls.claims(module)]
     return max(claiming, key=lambda cls: cls.priority).of(module, folder)
+
+
+def suited_task(labels: Any, output: Tensor) -> Task | None:
+    """The task that these labels and outputs are of; None where they are of none.
+
+    Whole numbers (samples,) with logits (samples, C) are classes. Real values, several targets, and whole numbers for a single
+    output are regression; or yes/no questions, where all that are known are 0 or 1.
+    """
+    if labels is None or output.dim() not in (1, 2):
+        return None
+    found = torch.as_tensor(labels)
+    known = found[~found.isnan()] if found.is_floating_point() else found
+    single = output.dim() == 1 or output.shape[1] == 1
+    whole = not found.is_floating_point() or bool((known == known.round()).all())
+    if found.dim() == 1 and whole and not single:
+        return Classification()
+    return task_named("multi_label" if bool(((known == 0) | (known == 1)).all()) else "regression")
 
 
 def main_tensor(raw: Any) -> Tensor:
@@ -100,4 +122,4 @@ def library_of(module: nn.Module) -> set[str]:
     return {cls.__module__.partition(".")[0] for cls in type(module).__mro__} - {"torch", "builtins"}
 
 
-__all__ = ["ADAPTERS", "ModalityAdapter", "adapter_for", "library_of", "main_tensor"]
+__all__ = ["ADAPTERS", "ModalityAdapter", "adapter_for", "library_of", "main_tensor", "suited_task"]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from layerwise.errors import UsageError
 from layerwise.registry import Registry
-from layerwise.scores import LayerScore, Scores
+from layerwise.scores import LayerScore, Scores, Status
 
 if TYPE_CHECKING:
     from layerwise.attention_maps import AttentionCall
@@ -50,6 +50,8 @@ class Statistic(ABC):
     needs: ClassVar[frozenset[Signal]] = frozenset()
     intervenes: ClassVar[bool] = False
     walks: ClassVar[bool] = False
+    aligned: ClassVar[bool] = False  # whether it compares one sample's positions with the same ones of another
+    refused: str = ""  # why it is not fed with these data, which leaves every layer not applicable
 
     def observe(self, seen: Seen) -> None:
         """One batch of the sweep, after its backward pass."""
@@ -124,8 +126,12 @@ class ImportanceAnalyzer(ABC):
     def finish(self, model: UniversalModel, statistic: Statistic | None, seconds: float) -> Scores:
         """The fed statistic's scores in model order, with unit, sample count, settings and `seconds` of work."""
         started = time.perf_counter()
-        scored = self.score(model, statistic)
-        entries = {layer.name: scored[layer.name] for layer in model.layers}
+        if statistic is not None and statistic.refused:
+            nothing = LayerScore.missing(Status.NOT_APPLICABLE, statistic.refused)
+            entries = {layer.name: nothing for layer in model.layers}
+        else:
+            scored = self.score(model, statistic)
+            entries = {layer.name: scored[layer.name] for layer in model.layers}
         samples = statistic.samples if statistic is not None else 0
         seconds += time.perf_counter() - started
         return Scores(self.method, self.measured_in(), entries, samples, seconds, self.settings())

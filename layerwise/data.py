@@ -11,17 +11,22 @@ import torch
 
 from layerwise import trees
 from layerwise.errors import DataError
+from layerwise.layout import Layout
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The forward's arguments for some samples (first dimension of every tensor) and their labels, if there are any."""
+    """The forward's arguments for some samples (first dimension of every tensor) and their labels, if there are any.
+
+    Where rows are not samples, as in graphs, `layout` says what belongs to which; all tensors are keyword arguments then.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     labels: Any = None
+    layout: Layout | None = None
 
     @classmethod
     def of(cls, value: Any) -> Batch:
@@ -46,10 +51,17 @@ class Batch:
     @property
     def size(self) -> int:
         """The number of samples."""
+        if self.layout is not None:
+            return self.layout.size
         for _, tensor in trees.tensors((self.args, dict(self.kwargs))):
             if tensor.dim():
                 return int(tensor.shape[0])
         raise DataError("A batch holds no tensor with a first dimension, so it holds no samples.")
+
+    @property
+    def answers(self) -> int:
+        """How many answers one forward computes: the samples, or all nodes where single nodes are the samples."""
+        return self.size if self.layout is None else self.layout.answers
 
     def to(self, device: str | torch.device) -> Batch:
         """A copy on `device`."""
@@ -61,12 +73,24 @@ class Batch:
             trees.mapped(self.args, function),
             trees.mapped(dict(self.kwargs), function),
             trees.mapped(self.labels, function),
+            self.layout,
         )
 
     def narrow(self, start: int, stop: int) -> Batch:
         """The samples start … stop-1. Tensors whose first dimension is not the batch's (tables, scalars) are kept whole."""
         size = self.size
+        if self.layout is not None:
+            kwargs, layout = self.layout.narrow(self.kwargs, start, stop)
+            return Batch((), kwargs, trees.mapped(self.labels, lambda t: t[start:stop]), layout)
         return self.map(lambda t: t[start:stop] if t.dim() and t.shape[0] == size else t)
+
+    def by_sample(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor that the model gave on this batch with one row per sample, where its rows are something else (nodes)."""
+        return tensor if self.layout is None else self.layout.by_sample(tensor)
+
+    def arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """The positional and the keyword arguments that the forward is called with."""
+        return (self.args, self.kwargs) if self.layout is None else self.layout.arguments(self.kwargs)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor, the labels last."""

@@ -24,7 +24,7 @@ from layerwise.readers.objects import read_object
 from layerwise.readers.specs import FORMS, read
 from layerwise.readers.table import Request, Table, combined, drawn, empty
 from layerwise.source import SOURCES, Opened
-from layerwise.task import Fidelity, Task, task_named
+from layerwise.task import Classification, Fidelity, Task, task_named
 from layerwise.weights import load_into, read_weights
 
 SAVED = "layerwise.json"  # marks a folder that layerwise wrote
@@ -201,12 +201,12 @@ def _notes(rows: int, total: int) -> Sequence[str]:
 
 
 def _classes(model: UniversalModel | None) -> int | None:
-    """How many classes the model tells apart, where that can be seen on its example."""
-    if model is None or isinstance(model.task, Fidelity) or not _has_example(model):
+    """How many classes the model tells apart, where that can be seen on its example. One output is no class but a value."""
+    if model is None or not isinstance(model.task, Classification | None) or not _has_example(model):
         return None
     embeds = model.adapter.fidelity(model.module).kind == "cosine"
     output = model.predict(model.example)
-    return int(output.shape[-1]) if output.dim() == 2 and not embeds else None
+    return int(output.shape[-1]) if output.dim() == 2 and output.shape[-1] > 1 and not embeds else None
 
 
 def _has_example(model: UniversalModel) -> bool:

@@ -110,7 +110,7 @@ def evaluate(
 def macs_per_sample(model: UniversalModel, batch: Batch) -> int:
     """Multiply-accumulates of one forward per sample (matrix products, convolutions and attention)."""
     few = batch.narrow(0, min(batch.size, 2)).to(model.device)  # the trace holds every tensor it sees
-    return traced(model.module, few).macs // few.size
+    return traced(model.module, few).macs // few.answers
 
 
 def _measured(

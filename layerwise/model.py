@@ -80,7 +80,11 @@ class UniversalModel:
         self._example, self._layers, self._units = example, None, None
 
     def see(self, batch: Batch) -> None:
-        """Keeps a few samples of `batch` as the example (if there is none yet) and settles the task."""
+        """Keeps a few samples of `batch` as the example (if there is none yet) and settles the task.
+
+        Raises `DataError` for ready batches of which the adapter cannot tell what belongs to which sample.
+        """
+        self.adapter.accept(batch)
         if self._example is None:
             self._example = batch.narrow(0, min(batch.size, 2))
         if self.task is None:
@@ -147,7 +151,7 @@ class UniversalModel:
     def output(self, batch: Batch) -> Tensor:
         """The tensor that the task reads, in eval mode; gradients as the caller has set them."""
         with evaluating(self.module):
-            return self.read(run(self.module, batch.to(self.device)))
+            return batch.by_sample(self.read(run(self.module, batch.to(self.device))))
 
     def read(self, raw: Any) -> Tensor:
         """The one tensor of what the forward gave that the task reads: the task's choice, or else the adapter's main tensor."""

@@ -10,13 +10,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from layerwise import checkpoint as checkpoints
-from layerwise.analyzer import Statistic
+from layerwise.analyzer import Signal, Statistic
 from layerwise.data import Data
 from layerwise.executors import executor_named
 from layerwise.feeding import Feeder, Observation
+from layerwise.layout import Layout
 from layerwise.model import UniversalModel
 
 SAVE_EVERY = 5.0  # seconds between checkpoints
+CHANGES = "changes a sample's own inputs or streams, which is not defined here where the rows of a tensor are nodes of graphs"
+UNORDERED = "compares the samples position by position, and the nodes of a graph have no order"
+MIXED = "the samples are nodes of a graph: what flows back through a node is of its neighbours' losses as well as its own"
+
 Progress = Callable[[int, int], None]  # batches done, batches in all
 
 
@@ -38,7 +43,9 @@ def observe(
     """
     execute = executor_named(executor)
     model.see(data[0])
-    feeder = Feeder(model, statistics, data, seed)
+    for statistic in statistics.values():
+        statistic.refused = refusal(statistic, data[0].layout)
+    feeder = Feeder(model, {name: s for name, s in statistics.items() if not s.refused}, data, seed)
     if checkpoint is not None:
         checkpoints.resume(checkpoint, feeder)
     saved, total = time.monotonic(), len(data)
@@ -50,6 +57,17 @@ def observe(
         if progress is not None:
             progress(len(feeder.done), total)
     return feeder.finish()
+
+
+def refusal(statistic: Statistic, layout: Layout | None) -> str:
+    """Why `statistic` cannot honestly be taken from batches with this layout; '' if it can."""
+    if layout is None:
+        return ""
+    if statistic.walks:
+        return CHANGES
+    if statistic.aligned:
+        return UNORDERED
+    return MIXED if layout.mixes and statistic.needs & {Signal.GRADIENTS, Signal.ATTENTION} else ""
 
 
 __all__ = ["Observation", "Progress", "observe"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from layerwise.data import Batch
 from layerwise.errors import UsageError
+from layerwise.layout import restored
 
 SCALARS = (bool, int, float, str, type(None))
 
@@ -23,7 +25,7 @@ def pack(batch: Batch) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors[key] = tensor.detach().cpu().contiguous().clone()
         return {"tensor": key}
 
-    return {"args": _described(list(batch.args), keep), "kwargs": _described(dict(batch.kwargs), keep)}, tensors
+    return _form(batch, keep), tensors
 
 
 def unpack(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Batch:
@@ -33,12 +35,21 @@ def unpack(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Batch
 
 def outline(batch: Batch) -> dict[str, Any]:
     """`batch` as JSON data with shapes, types and ranges in place of its samples."""
-    return {"args": _described(list(batch.args), _shape), "kwargs": _described(dict(batch.kwargs), _shape)}
+    return _form(batch, _shape)
 
 
 def stand_in(outlined: Mapping[str, Any]) -> Batch:
-    """A batch with the shapes of `outline` and made-up content: fixed noise, and 1 (at most the largest seen) for integers."""
-    return _batch(outlined, _made_up)
+    """A batch with the shapes of `outline` and made-up content: fixed noise, and 1 (at most the largest seen) for integers.
+
+    The edges of graphs make rings.
+    """
+    batch = _batch(outlined, _made_up)
+    return batch if batch.layout is None else replace(batch, kwargs=batch.layout.connected(batch.kwargs))
+
+
+def _form(batch: Batch, tensor: Any) -> dict[str, Any]:
+    found = {"args": _described(list(batch.args), tensor), "kwargs": _described(dict(batch.kwargs), tensor)}
+    return found if batch.layout is None else found | {"layout": batch.layout.described()}
 
 
 def _shape(tensor: Tensor) -> dict[str, Any]:
@@ -71,7 +82,8 @@ def _described(tree: Any, tensor: Any) -> Any:
 
 
 def _batch(described: Mapping[str, Any], tensor: Any) -> Batch:
-    return Batch(tuple(_restored(described["args"], tensor)), _restored(described["kwargs"], tensor))
+    layout = restored(described.get("layout"))
+    return Batch(tuple(_restored(described["args"], tensor)), _restored(described["kwargs"], tensor), None, layout)
 
 
 def _restored(item: Mapping[str, Any], tensor: Any) -> Any:

@@ -116,7 +116,7 @@ class Replay:
                 stack.enter_context(replacing(block.module, replacements[block.name]))
             for unit, change in inside:
                 stack.enter_context(replacing(place(unit), change))
-            return self.model.read(run(self.model.module, self.batch))
+            return self.batch.by_sample(self.model.read(run(self.model.module, self.batch)))
 
     def changed(self, what: str) -> UserModelError:
         """The error for a model whose layers do not run as they did for the cache."""

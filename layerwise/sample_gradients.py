@@ -3,7 +3,8 @@
 Linear and convolution layers have closed forms (an outer product of input and output gradient). Every other module that owns
 parameters (norms, scales, position tables, blocks with a bare ``nn.Parameter``) is differentiated by itself, sample by sample,
 with `torch.func.vmap`. A parameter whose module cannot be split by samples is left to the `loop`: one backward pass per sample,
-dearer and equally exact. A parameter used several times has its gradients summed over the uses before anyone squares them.
+dearer and equally exact; so are all parameters where the rows of a batch are not its samples (graphs). A parameter used several
+times has its gradients summed over the uses before anyone squares them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class SampleGradients:
     def __init__(self, root: nn.Module, layers: Sequence[Layer], emit: Emit, blocks: Sequence[Layer] | None = None) -> None:
         self.emit = emit
         self.samples = 0
+        self.splits = True
         self.loop: set[Tensor] = set()
         self.owner = _owners(layers)
         self.modules: dict[nn.Module, dict[str, Tensor]] = {}
@@ -61,13 +63,18 @@ class SampleGradients:
             self.modules[owner] = self.modules.get(owner, {}) | adopted
 
     @contextmanager
-    def attached(self, samples: int) -> Iterator[None]:
-        """Inside, one forward on `samples` samples and its backward passes are turned into per-sample gradients."""
-        self.samples = samples
+    def attached(self, samples: int, *, split: bool = True) -> Iterator[None]:
+        """Inside, one forward on `samples` samples and its backward passes are turned into per-sample gradients.
+
+        Without `split` rows are not samples, and everything is left to the loop.
+        """
+        self.samples, self.splits = samples, split
         self._pending.clear()
         self._uses.clear()
         with ExitStack() as stack:
-            for module in self.modules:
+            if not split:
+                self.loop |= set(self.owner)
+            for module in self.modules if split else ():
                 stack.callback(module.register_forward_hook(self._record, with_kwargs=True).remove)
             yield
 

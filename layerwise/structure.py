@@ -132,9 +132,9 @@ def read_layers(module: nn.Module, batch: Batch) -> list[Layer]:
     if not any(True for _ in module.parameters()):
         raise UserModelError("The model has no parameters.", remedy="There is nothing to rank or compress.", code="LW-U75")
     root = traced(module, batch)
-    layers = _layers(find_chains(root), batch.size)
+    layers = _layers(find_chains(root), batch.answers)
     if not any(layer.skippable for layer in layers):  # pipes of unlike stages (VGG) say less than what they are made of
-        layers = _layers([_atoms(root)], batch.size) or layers
+        layers = _layers([_atoms(root)], batch.answers) or layers
     if not layers:
         raise ModelError("No layers were found: no module with a weight ran.", code="LW-M20")
     return layers

@@ -76,11 +76,16 @@ class Seen:
         """
         for site, units in _by_site(self.layers).items():
             glimpses = [(g.tensor, g.gradient) for g in self.sites.get(site, ())]
-            if not glimpses or any(gradient is None or t.shape[0] != self.batch.size for t, gradient in glimpses):
+            if not glimpses or any(gradient is None for _, gradient in glimpses):
                 continue
-            totals = [_per_unit(t.double() * g.double(), units) for t, g in glimpses if g is not None]
-            total = torch.stack(totals).sum(0)
-            yield units, total
+            totals = [self._by_sample(_per_unit(t.double() * g.double(), units)) for t, g in glimpses if g is not None]
+            if all(total.shape[0] == self.batch.size for total in totals):
+                yield units, torch.stack(totals).sum(0)
+
+    def _by_sample(self, totals: Tensor) -> Tensor:
+        """(rows, units) → (samples, units): nodes are summed over their graph."""
+        found = self.batch.by_sample(totals)
+        return found if found.dim() == 2 else found.sum(1)
 
     def forget_gradients(self) -> None:
         """Those seen so far were of another loss."""
@@ -96,8 +101,9 @@ class Seen:
             last = self.sites[site][-1]
             for unit in units:
                 assert unit.site is not None  # that is what they were grouped by
-                self.leaving[unit.index] = unit.site.of(last.tensor)
-                self.gradients[unit.index] = None if last.gradient is None else unit.site.of(last.gradient)
+                self.leaving[unit.index] = self.batch.by_sample(unit.site.of(last.tensor))
+                gradient = None if last.gradient is None else unit.site.of(last.gradient)
+                self.gradients[unit.index] = None if gradient is None else self.batch.by_sample(gradient)
 
 
 def _by_site(layers: Sequence[Layer]) -> dict[Site, list[Layer]]:
@@ -159,7 +165,7 @@ class Sweep:
             if self.now or self.later:
                 stack.enter_context(attention_watched(attending(self.model.layers), batch.size, self.now, self.later))
             if self.gradients is not None:
-                stack.enter_context(self.gradients.attached(batch.size))
+                stack.enter_context(self.gradients.attached(batch.size, split=batch.layout is None))
             output = self._forward(batch)
             if self.model.task is not None:
                 self.model.task.check(host, output)
@@ -180,7 +186,7 @@ class Sweep:
 
     def _forward(self, batch: Batch) -> Tensor:
         self.counts.forwards += 1
-        return self.model.read(run(self.model.module, batch))
+        return batch.by_sample(self.model.read(run(self.model.module, batch)))
 
     def _likelihood(self, output: Tensor, batch: Batch, seed: int) -> Tensor:
         assert self.model.task is not None  # settled before the first batch
@@ -190,7 +196,7 @@ class Sweep:
         losses = self._likelihood(output, batch, seed)
         if not losses.requires_grad:
             return  # no layer's stream reaches the output: every gradient stays None, and the scores say so
-        if self.gradients is not None and not self._attribution_checked and losses.numel() > 1:
+        if self.gradients is not None and self.gradients.splits and not self._attribution_checked and losses.numel() > 1:
             self._checking = True  # one sample's gradient, which is no observation
             try:
                 self.gradients.check_attribution(losses)
@@ -231,8 +237,11 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def watched(model: UniversalModel, batch: Batch, backward: bool) -> Iterator[Seen]:
-    """Fills a `Seen` while the model runs. With `backward`, each stream that no gradient would reach is made to need one."""
-    count = len(model.layers)
+    """Fills a `Seen` while the model runs. With `backward`, each stream that no gradient would reach is made to need one.
+
+    Where samples mix, the gradient of a sum of losses is no sample's own: streams then have none, and neither have sites.
+    """
+    count, mixed = len(model.layers), batch.layout is not None and batch.layout.mixes
     seen = Seen(model.layers, batch, [None] * count, [None] * count, [None] * count)
     with ExitStack() as stack:
         for layer in model.layers:
@@ -241,14 +250,14 @@ def watched(model: UniversalModel, batch: Batch, backward: bool) -> Iterator[See
             stack.callback(layer.module.register_forward_pre_hook(_entering(layer, seen, backward), with_kwargs=True).remove)
             stack.callback(layer.module.register_forward_hook(_noting(layer, seen), with_kwargs=True).remove)
         for site in _by_site(model.layers):
-            look = _looking(site, seen.sites.setdefault(site, []), backward)
+            look = _looking(site, seen.sites.setdefault(site, []), backward, mixed)
             attach = site.module.register_forward_pre_hook if site.entering else site.module.register_forward_hook
             stack.callback(attach(look, with_kwargs=True).remove)
         yield seen
     seen.settle()
 
 
-def _looking(site: Site, glimpses: list[Glimpse], backward: bool) -> Any:
+def _looking(site: Site, glimpses: list[Glimpse], backward: bool, mixed: bool) -> Any:
     """A hook on what enters the site's module, or on what leaves it."""
 
     def look(module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
@@ -260,7 +269,8 @@ def _looking(site: Site, glimpses: list[Glimpse], backward: bool) -> Any:
             return None
         if site.entering or not tensor.requires_grad:  # a tensor of its own: others may read what enters as well
             tensor = (tensor if tensor.requires_grad else tensor.detach().requires_grad_()).clone()
-        tensor.register_hook(lambda gradient: _glimpsed(glimpse, gradient))
+        if not mixed:
+            tensor.register_hook(lambda gradient: _glimpsed(glimpse, gradient))
         return trees.replaced(tree, site.path, tensor)
 
     return look
@@ -277,7 +287,7 @@ def _entering(layer: Layer, seen: Seen, backward: bool) -> Any:
     def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
         stream = trees.get((args, kwargs), path)
         if seen.entering[i] is None:  # a shared layer is seen from its first input to its last output
-            seen.entering[i] = stream.detach().clone()  # cloned, because the block may write into its input
+            seen.entering[i] = seen.batch.by_sample(stream.detach().clone())  # cloned, because the block may write into its input
         if stream.requires_grad or not backward:
             return None
         # cloned, so that a block which works in place does not meet a leaf
@@ -289,13 +299,15 @@ def _entering(layer: Layer, seen: Seen, backward: bool) -> Any:
 def _noting(layer: Layer, seen: Seen) -> Any:
     assert layer.stream is not None
     stream, i = layer.stream, layer.index
-    gradients = seen.gradients  # all that the hook may hold: through `seen.output` it would hold the graph that holds the hook
+    # all that the hook may hold: through `seen.output` it would hold the graph that holds the hook
+    gradients, batch = seen.gradients, seen.batch
+    mixed = batch.layout is not None and batch.layout.mixes
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         leaving = trees.get(output, stream.leaves)
-        seen.leaving[i] = leaving.detach().clone()  # cloned, because later modules may write into it
-        if leaving.requires_grad:
-            leaving.register_hook(lambda gradient: _keep(gradients, i, gradient))
+        seen.leaving[i] = batch.by_sample(leaving.detach().clone())  # cloned, because later modules may write into it
+        if leaving.requires_grad and not mixed:
+            leaving.register_hook(lambda gradient: _keep(gradients, i, batch.by_sample(gradient)))
 
     return note
 

@@ -197,7 +197,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def run(module: nn.Module, batch: Batch) -> Any:
     """``module(*args, **kwargs)``; whatever the user's code raises comes out as `UserModelError` with file and line."""
     try:
-        return module(*batch.args, **batch.kwargs)
+        args, kwargs = batch.arguments()
+        return module(*args, **kwargs)
     except LayerwiseError:
         raise
     except RuntimeError as error:

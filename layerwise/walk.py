@@ -62,7 +62,7 @@ class Walk:
             stack.enter_context(entering_changed(self.model.blocks, changes or {}))
             seen = stack.enter_context(watched(self.model, batch, graph))
             stack.enter_context(cut_before(cut))
-            seen.output = self.model.read(run(self.model.module, batch))
+            seen.output = batch.by_sample(self.model.read(run(self.model.module, batch)))
         return seen
 
     def backward(self, seen: Seen, values: Tensor, *, again: bool = False) -> None:

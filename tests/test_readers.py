@@ -175,10 +175,39 @@ def test_unknown_roles_and_columns(tmp_path: Path) -> None:
         load_data(path, columns={"text": "words"})
 
 
-def test_real_valued_labels_are_refused_in_words(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("a,label\n1,0.5\n")
-    with pytest.raises(DataError, match=r"row 0 \(line 2\).*0\.5: labels are classes"):
+def test_one_value_that_is_no_whole_number_makes_a_column_of_targets(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a,label\n1,2\n2,0.5\n3,-1\n")
+    data = load_data(tmp_path / "a.csv")
+    assert data[0].labels.tolist() == [2.0, 0.5, -1.0]
+    assert data[0].labels.dtype == torch.float32
+    assert data.notes == ("'label' holds real values: they are targets, not classes",)
+    (tmp_path / "a.csv").write_text("a,label\n1,0.5\n2,inf\n")
+    with pytest.raises(DataError, match=r"LW-D32 .*row 1 \(line 3\): 'label' is infinite"):
         load_data(tmp_path / "a.csv")
+
+
+def test_several_targets_may_have_gaps(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a,p,q\n1,0,1\n2,,1\n3,0.5,\n")
+    data = load_data(tmp_path / "a.csv", columns={"label": ["q", "p"]})
+    assert data[0].args[0].tolist() == [[1.0], [2.0], [3.0]], "targets are no features"
+    assert str(data[0].labels.tolist()) == "[[1.0, 0.0], [1.0, nan], [nan, 0.5]]"
+    assert data.notes == ("2 targets, 2 of 6 values missing",)
+    (tmp_path / "a.csv").write_text("a,p,q\n1,0,1\n2,,\n")
+    with pytest.raises(DataError, match=r"LW-D32 .*row 1 \(line 3\).*None of the target columns"):
+        load_data(tmp_path / "a.csv", columns={"label": ["q", "p"]})
+    (tmp_path / "a.csv").write_text("a,p,q\n1,0,high\n")
+    with pytest.raises(DataError, match=r"LW-D32 .*row 0 \(line 2\).*'q' holds 'high'"):
+        load_data(tmp_path / "a.csv", columns={"label": ["q", "p"]})
+    with pytest.raises(DataError, match=r"LW-D31 .*no column 'r' for 'label'"):
+        load_data(tmp_path / "a.csv", columns={"label": ["q", "r"]})
+
+
+def test_lists_of_targets_in_one_column(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"x": [1], "label": [0, 1]}\n{"x": [2], "label": [null, 0]}\n')
+    assert str(load_data(tmp_path / "a.jsonl")[0].labels.tolist()) == "[[0.0, 1.0], [nan, 0.0]]"
+    (tmp_path / "a.jsonl").write_text('{"x": [1], "label": [0, 1]}\n{"x": [2], "label": [1]}\n')
+    with pytest.raises(DataError, match=r"LW-D32 .*row 1 \(line 2\).*as many values as in the first row"):
+        load_data(tmp_path / "a.jsonl")[0]
 
 
 def test_digits_come_in_a_fixed_stratified_split() -> None:

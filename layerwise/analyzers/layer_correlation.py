@@ -68,6 +68,7 @@ def positions(stream: Tensor) -> Tensor:
 class MinibatchCKA(Statistic):
     """Sums over batches of the unbiased HSIC of (entering, leaving), (entering, entering), (leaving, leaving), and squares."""
 
+    aligned: ClassVar[bool] = True
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.ACTIVATIONS})
 
     def __init__(self, layers: int) -> None:

@@ -76,6 +76,9 @@ def arithmetic(model: UniversalModel) -> str:
 
 def exported(model: UniversalModel, batches: Sequence[Batch]) -> tuple[Any, Inputs]:
     """torch's ONNX program made on two samples, and how to feed it. Raises `UserModelError` LW-U79 with what ONNX lacks."""
+    if batches[0].layout is not None:
+        what = f"{model.name} reads graphs, whose tensors have no row per sample: export to ONNX is not offered for them."
+        raise UserModelError(what, remedy="Save the model folder instead.", code="LW-U79")
     batch = _pair(batches[0])
     inputs = Inputs.of(model.module, batch)
     for other in batches:

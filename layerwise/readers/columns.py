@@ -1,4 +1,4 @@
-"""Which column is what: the names that adapters know, labels as class numbers, one type per column."""
+"""Which column is what: the names that adapters know, labels as class numbers or real values, one type per column."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+
 from layerwise.errors import DataError, UsageError, nearest
 from layerwise.readers.audio import SUFFIXES
 from layerwise.readers.table import Table
 from layerwise.rows import Record
 
-INPUTS = ("text", "image", "audio", "x", "input_ids")
-ROLES = (*INPUTS, "text_pair", "target", "sample_rate", "label")
+INPUTS = ("text", "image", "audio", "x", "input_ids", "smiles")
+GRAPH = ("edge_index", "edge_attr", "edge_weight", "pos", "z", "node_label", "node_mask")  # what goes with a graph's x
+ROLES = (*INPUTS, *GRAPH, "text_pair", "target", "sample_rate", "label")
 RATES = ("sample_rate", "sampling_rate")  # beside audio only: elsewhere it is a number like any other
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "text": ("text", "sentence", "review", "content", "document"),
@@ -22,6 +25,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "audio": ("audio", "flac", "wav"),
     "x": ("x",),
     "input_ids": ("input_ids",),
+    "smiles": ("smiles",),
     "label": ("label", "labels", "category", "class", "y"),
 }
 SHOWN = 20  # class names in a note
@@ -33,7 +37,8 @@ def with_roles(table: Table, given: Mapping[str, Any]) -> Table:
     Raises `DataError` LW-D31 for a column that is not there, LW-D32 for mixed types, LW-D33 for NaN, each naming the row.
     """
     roles = _roles(table, given)
-    table = _labelled(table, roles.pop("label", None))
+    column = roles.pop("label", None)
+    table = _several(table, column) if isinstance(column, list | tuple) else _labelled(table, column)
     label = ("label",) if "label" in table.columns else ()
     if not roles:
         return _features(table, label)
@@ -72,6 +77,8 @@ def _roles(table: Table, given: Mapping[str, Any]) -> dict[str, Any]:
             found[role] = column
     if not any(role in found for role in INPUTS) and _names_audio(table):
         found["audio"] = "path"
+    if "edge_index" in table.columns:
+        found |= {role: role for role in GRAPH if role in table.columns and role not in given}
     rate = next((c for c in RATES if c in table.columns and c not in found.values()), None)
     return {"sample_rate": rate, **found} if "audio" in found and rate else found
 
@@ -83,10 +90,15 @@ def _names_audio(table: Table) -> bool:
 
 
 def _labelled(table: Table, column: str | None) -> Table:
-    """With ``label`` as class numbers; names are numbered in alphabetical order, and a note says how."""
+    """With ``label`` as class numbers; names are numbered in alphabetical order, and a note says how.
+
+    A column in which one value is no whole number holds real values, and one of lists several targets.
+    """
     if column is None:
         return table
-    values = [_label(row, column, table) for row in table.rows]
+    values: list[Any] = [_label(row, column, table) for row in table.rows]
+    if any(isinstance(value, list) for value in values):
+        return _with_label(table, (column,), values)
     kinds = [isinstance(value, str) for value in values]
     if any(kinds) and not all(kinds):
         odd = kinds.index(not kinds[0])
@@ -99,16 +111,52 @@ def _labelled(table: Table, column: str | None) -> Table:
         values = [number[str(v)] for v in values]
         shown = ", ".join(f"{i} = {name}" for i, name in enumerate(classes[:SHOWN]))
         notes = (*notes, f"{len(classes)} label classes: {shown}{', …' if len(classes) > SHOWN else ''}")
+    elif any(isinstance(v, float) for v in values):
+        values, notes = [float(v) for v in values], (*notes, f"{column!r} holds real values: they are targets, not classes")
+    return replace(_with_label(table, (column,), values), notes=notes, classes=classes)
+
+
+def _with_label(table: Table, taken: Sequence[str], values: Sequence[Any]) -> Table:
+    """The rows with `values` as ``label`` in place of the columns they were `taken` from."""
     rows = [
-        Record({**{k: v for k, v in row.items() if k != column}, "label": value}, row.place)
+        Record({**{k: v for k, v in row.items() if k not in taken}, "label": value}, row.place)
         for row, value in zip(table.rows, values, strict=True)
     ]
-    columns = (*(c for c in table.columns if c not in (column, "label")), "label")
-    return replace(table, rows=rows, columns=columns, notes=notes, classes=classes)
+    columns = (*(c for c in table.columns if c not in (*taken, "label")), "label")
+    return replace(table, rows=rows, columns=columns)
 
 
-def _label(row: Record, column: str, table: Table) -> int | str:
+def _several(table: Table, columns: Sequence[str]) -> Table:
+    """Several targets: ``label`` is a list of numbers, NaN where a value is missing, and a note says how many are."""
+    values = [[_target(row, column, table) for column in columns] for row in table.rows]
+    gaps = sum(math.isnan(v) for row in values for v in row)
+    for row, found in zip(table.rows, values, strict=True):
+        if all(math.isnan(v) for v in found):
+            what, remedy = "None of the target columns has a value.", "Give every row one, or leave the row out."
+            raise DataError(what, place=row.place, remedy=remedy, code="LW-D32")
+    notes = (
+        (*table.notes, f"{len(columns)} targets, {gaps} of {len(columns) * len(values)} values missing") if gaps else table.notes
+    )
+    return replace(_with_label(table, tuple(columns), values), notes=notes)
+
+
+def _target(row: Record, column: str, table: Table) -> float:
     value = row.get(column)
+    number = _number(value) if isinstance(value, str) and not table.typed else value
+    if number is None or number == "" or (isinstance(number, Real) and math.isnan(number)):
+        return math.nan
+    if not isinstance(number, Real) or math.isinf(number):
+        what = f"{column!r} holds {value!r}, which is no finite number."
+        raise DataError(what, place=row.place, remedy="One of several targets is a number or empty.", code="LW-D32")
+    return float(number)
+
+
+def _label(row: Record, column: str, table: Table) -> int | float | str | list[Any]:
+    value = row.get(column)
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, list | tuple) and value:
+        return list(value)  # several targets in one column
     if not table.typed and isinstance(value, str):
         value = _number(value)
     if isinstance(value, Integral):
@@ -118,14 +166,12 @@ def _label(row: Record, column: str, table: Table) -> int | str:
     if isinstance(value, Real) and math.isfinite(value) and float(value).is_integer():
         return int(float(value))  # a column with gaps elsewhere is read as floating point
     if isinstance(value, Real) and math.isfinite(value):
-        what, remedy = (
-            f"{column!r} holds {value!r}: labels are classes.",
-            "Real-valued targets are not supported; cut them into classes.",
-        )
-    elif value is None or value == "" or isinstance(value, Real):
-        what, remedy = f"{column!r} is empty.", "Give every row a label, or leave the row out."
+        return float(value)
+    if value is None or value == "" or isinstance(value, Real):
+        state = "infinite" if isinstance(value, Real) and math.isinf(value) else "empty"
+        what, remedy = f"{column!r} is {state}.", "Give every row a label, or leave the row out."
     else:
-        what, remedy = f"{column!r} holds {type(value).__name__}.", "A label is a whole number or a name."
+        what, remedy = f"{column!r} holds {type(value).__name__}.", "A label is a number, a name, or a list of numbers."
     raise DataError(what, place=row.place, remedy=remedy, code="LW-D32")
 
 
@@ -184,9 +230,9 @@ def _check_text(rows: Sequence[Record], role: str, column: str) -> None:
 
 
 def check_labels(table: Table, classes: int) -> None:
-    """Raises `DataError` LW-D34, naming the row, for a label outside 0 … `classes` − 1."""
+    """Raises `DataError` LW-D34, naming the row, for a class number outside 0 … `classes` − 1."""
     for row in table.rows:
-        if row.get("label") is not None and not 0 <= row["label"] < classes:
+        if isinstance(row.get("label"), int) and not 0 <= row["label"] < classes:
             what = f"The label {row['label']} lies outside the model's {classes} classes (0 … {classes - 1})."
             remedy = "Check the label column, or the number of classes the model was built with."
             raise DataError(what, place=row.place, remedy=remedy, code="LW-D34")

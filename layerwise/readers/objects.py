@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from layerwise.data import Batch, Data
 from layerwise.errors import DataError
 from layerwise.progress import tracked
+from layerwise.readers.graphs import graph_record, graphs_in, is_graph
 from layerwise.readers.table import Request, Table, columns_of, combined, drawn, empty
 from layerwise.rows import Record
 
@@ -25,6 +26,8 @@ def read_object(value: Any, request: Request, batch_size: int) -> Table | Data:
     a dict or tuple of tensors is a ready batch, and a dict with text, bytes, arrays or numbers is a row.
     """
     name = type(value).__name__
+    if graphs := graphs_in(value):
+        return _table([(i, graphs[i]) for i in drawn(range(len(graphs)), request.limit, request.seed)], name, request.split)
     if isinstance(value, DataLoader | Tensor):
         return _ready(value, name, request)
     if isinstance(value, Dataset):
@@ -89,12 +92,14 @@ def _stacked(samples: Sequence[tuple[int, Any]], name: str, batch_size: int) -> 
     return Data(chunks, name, collate)
 
 
-def _table(samples: Sequence[tuple[int, Any]], name: str) -> Table:
-    rows = [_record(item, f"{name}, row {i}") for i, item in samples]
+def _table(samples: Sequence[tuple[int, Any]], name: str, split: str | None = None) -> Table:
+    rows = [_record(item, f"{name}, row {i}", split) for i, item in samples]
     return Table(rows, name, combined(repr(sorted(row.items(), key=str)) for row in rows), columns_of(rows))
 
 
-def _record(item: Any, place: str) -> Record:
+def _record(item: Any, place: str, split: str | None) -> Record:
+    if is_graph(item):
+        return graph_record(item, place, split)
     if isinstance(item, Mapping):
         return Record(item, place)
     value, label = (item[0], {"label": _plain(item[1])}) if isinstance(item, tuple | list) and len(item) == 2 else (item, {})

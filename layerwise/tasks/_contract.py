@@ -91,6 +91,8 @@ def token_ids(batch: Batch) -> Tensor | None:
 
 def token_mask(batch: Batch, like: Tensor) -> Tensor:
     """True for the tokens that count, of the shape of `like` (samples, tokens); all where there is no mask."""
+    if batch.layout is not None and (keep := batch.layout.keep(like)) is not None:
+        return keep
     decoder = "decoder_" if "decoder_input_ids" in batch.kwargs else ""  # outputs are then the decoder's, not the encoder's
     mask = batch.kwargs.get(f"{decoder}attention_mask")
     if isinstance(mask, Tensor) and mask.shape == like.shape:

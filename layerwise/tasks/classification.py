@@ -46,13 +46,14 @@ class Classification(Task):
 
     def check(self, batch: Batch, output: Tensor) -> None:
         if isinstance(batch.labels, Tensor) and batch.labels.device.type == "cpu" and output.dim() == 2:
-            check_classes(batch.labels, output.shape[1])
+            check_classes(check_whole(batch.labels), output.shape[1])
 
     @staticmethod
     def _labels(output: Tensor, batch: Batch) -> Tensor:
         if batch.labels is None:
             raise DataError("Classification needs labels.", remedy="Give (inputs, labels), or use task='fidelity'.")
-        labels = torch.as_tensor(batch.labels, device=output.device).long()
+        given = torch.as_tensor(batch.labels, device=output.device)
+        labels = (check_whole(given) if given.device.type == "cpu" else given).long()
         if output.dim() != 2 or labels.shape != output.shape[:1]:
             raise DataError(
                 f"Classification needs outputs (samples, classes) and labels (samples,), got {tuple(output.shape)} and "
@@ -61,6 +62,16 @@ class Classification(Task):
         if labels.device.type == "cpu":  # on a GPU asking would make every batch wait: there the engine asks before the copy
             check_classes(labels, output.shape[1])
         return labels
+
+
+def check_whole(labels: Tensor) -> Tensor:
+    """`labels` themselves. Raises `DataError` (LW-D34) with the row of the first that is a real value, and so no class."""
+    wrong = labels != labels.round() if labels.is_floating_point() else torch.zeros(1, dtype=torch.bool)
+    if bool(wrong.any()):
+        row = int(wrong.reshape(len(labels), -1).any(1).nonzero()[0])
+        what = f"The label in row {row} of the batch is {labels[row].tolist()}, which is no class number."
+        raise DataError(what, remedy="Use task='regression', or 'multi_label' for yes/no questions.", code="LW-D34")
+    return labels
 
 
 def check_classes(labels: Tensor, classes: int) -> None:

@@ -19,6 +19,7 @@ from layerwise.adapter import ADAPTERS, adapter_for
 from layerwise.errors import DataError
 from layerwise.model import UniversalModel
 from layerwise.rows import Record
+from tests.graphs import Convolutions
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ CASES = {
     "audio": Case(
         wav2vec2, [{"audio": CLIP, "sample_rate": 16000, "label": 1}, {"audio": CLIP[:500], "sample_rate": 16000, "label": 0}]
     ),
+    "graph": Case(Convolutions, [{"smiles": "CCO", "label": 1}, {"smiles": "c1ccccc1", "label": 0}]),
     "tensor": Case(plain, [{"x": [1.0, 2.0, 3.0], "label": 0}, {"x": [0.0, 1.0, 0.0], "label": 1}]),
     "text": Case(bert, [{"input_ids": [5, 6, 7], "label": 1}, {"input_ids": [8], "label": 0}]),
     "vision": Case(vit, [{"image": PIXELS, "label": 2}, {"image": PIXELS[:, :, 0], "label": 0}]),

@@ -170,7 +170,7 @@ def test_a_cut_text_keeps_the_token_that_closes_it(tokenizer: Path) -> None:
         ({"text": "a"}, "LW-D", "without a tokenizer"),
         ({"input_ids": []}, "LW-D29", "no token"),
         ({"input_ids": [3, -1]}, "LW-D39", "token id -1"),
-        ({"input_ids": [3], "label": 0.5}, "LW-D32", "0.5"),
+        ({"input_ids": [3], "label": "good"}, "LW-D32", "'good'"),
     ],
 )
 def test_bad_rows_are_named(row: dict[str, Any], code: str, text: str) -> None:
