@@ -6,7 +6,7 @@ Structure (where the layers are) is not the adapter's business: see `layerwise.s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from layerwise import trees
 from layerwise.data import Batch, Row
-from layerwise.errors import UserModelError
+from layerwise.errors import UsageError, UserModelError
 from layerwise.registry import Registry
 from layerwise.task import Classification, Fidelity, Task, task_named
 
@@ -68,6 +68,19 @@ class ModalityAdapter(ABC):
     def fidelity(self, module: nn.Module) -> Fidelity:
         """The divergence that suits the outputs of `module`: KL of logits, or the cosine where they are embeddings."""
         return Fidelity()
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What it reads, one name for each part of a row that may be missing (see `masked`)."""
+        return (self.modality,)
+
+    def masked(self, batch: Batch, missing: Collection[str]) -> Batch:
+        """A copy of `batch` in which these modalities are missing in every row; shapes, labels and decoder tokens stay.
+
+        Raises `UsageError` for a modality that the model does not read, or where it reads only one.
+        """
+        reads = f"The model reads {self.modality} only"
+        raise UsageError(f"{reads}: nothing can be left out.", remedy="Give a model that reads several modalities.")
 
     def save(self, folder: Path) -> None:
         """Writes what `of(module, folder)` needs to come back (tokenizer, transform); nothing by default."""

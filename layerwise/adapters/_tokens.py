@@ -67,3 +67,19 @@ def shifted(sequences: Sequence[Sequence[int]], start: int, pad: int) -> tuple[T
     """A decoder's ids, one step late, their mask, and the labels it is to predict (-100 where nothing is)."""
     late = [[start, *ids] for ids in sequences]
     return padded(late, pad), mask_of(late), padded(late, -100)
+
+
+class Words:
+    """The tokenizer of a module that lists its words: split at spaces, lower case, 0 pads and 1 stands for any other word."""
+
+    all_special_ids = (0,)
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.numbers = {word.lower(): i for i, word in enumerate(words, start=2)}
+
+    def __call__(self, text: str, pair: str | None = None, verbose: bool = False) -> dict[str, list[int]]:
+        """``input_ids``; the arguments are those of transformers' tokenizers, and there are no pairs."""
+        return {"input_ids": [self.numbers.get(word, 1) for word in text.lower().split()]}
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Nothing: the module itself has the words."""

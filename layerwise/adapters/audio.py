@@ -149,11 +149,10 @@ class AudioModalityAdapter(ModalityAdapter):
             self.tokenizer.save_pretrained(folder)
 
 
-def _kind(module: Any) -> str | None:
-    """Which features a transformers model takes, by what its configuration speaks of; None where that cannot be told."""
-    config, main = module.config, getattr(module, "main_input_name", "")
+def kind_of(config: Any, main: str) -> str | None:
+    """Which features a transformers model takes as `main`, by what its configuration speaks of; None where that is not told."""
     if main == "input_values":
-        return "kaldi" if hasattr(config, "num_mel_bins") else "waveform" if not _takes(module, "audio_codes") else None
+        return "kaldi" if hasattr(config, "num_mel_bins") else "waveform"
     if main == "input_features":
         if hasattr(config, "spec_size"):
             return "clap"
@@ -161,15 +160,27 @@ def _kind(module: Any) -> str | None:
     return None
 
 
+def features_of(config: Any, main: str, folder: Path | None) -> AudioFeatures:
+    """The features that `kind_of` names, with the numbers of the configuration and of the folder's processor."""
+    described: Any = DESCRIBED[str(kind_of(config, main))]
+    found: AudioFeatures = described(config, processor(folder, "feature_extractor"))
+    return found
+
+
+def _kind(module: Any) -> str | None:
+    """Codecs take waveforms too, but give codes: not claimed."""
+    return None if _takes(module, "audio_codes") else kind_of(module.config, getattr(module, "main_input_name", ""))
+
+
 def _of_transformers(module: Any, folder: Path | None) -> AudioModalityAdapter:
     kind, config, saved = _kind(module), module.config, processor(folder, "feature_extractor")
-    described: Any = DESCRIBED[str(kind)](config, saved)
     masked = bool(saved.get("return_attention_mask", getattr(config, "feat_extract_norm", "layer") != "group"))
     mask = "attention_mask" if kind == "waveform" and masked and _takes(module, "attention_mask") else ""
     decodes = _takes(module, "decoder_input_ids")
-    vocabulary = int(getattr(config, "vocab_size", 1))
     tokenizer = tokenizer_in(folder) if decodes and folder else None
-    adapter = AudioModalityAdapter(described, module.main_input_name, mask, tokenizer=tokenizer)
+    main = module.main_input_name
+    adapter = AudioModalityAdapter(features_of(config, main, folder), main, mask, tokenizer=tokenizer)
+    vocabulary = int(getattr(config, "vocab_size", 1))
     begin, pad = start(config, vocabulary), filler(config, tokenizer, vocabulary)
     return replace(adapter, start=begin, pad=pad) if decodes else adapter
 
@@ -220,17 +231,22 @@ def _described(module: nn.Module) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) and "rate" in found else {}
 
 
-def _of_plain(module: nn.Module) -> AudioModalityAdapter:
-    """Of a module with an ``audio_cfg``, or of torchaudio. Raises `UsageError` for a setting that does not exist."""
-    cfg, known = _described(module), {f.name for f in fields(AudioFeatures)}
+def features_from(cfg: Mapping[str, Any]) -> AudioFeatures:
+    """Of a module's own description. Raises `UsageError` for a setting that does not exist."""
+    known = {f.name for f in fields(AudioFeatures)}
     wrong = next((key for key in cfg if key not in known), None)
     if wrong is not None:
         raise UsageError(f"audio_cfg has the unknown setting {wrong!r}.", remedy=nearest(wrong, known))
     if cfg.get("kind", "waveform") not in KINDS:
         raise UsageError(f"audio_cfg asks for the features {cfg['kind']!r}.", remedy=nearest(str(cfg["kind"]), KINDS))
+    return AudioFeatures(**{"scaled": False, **cfg})
+
+
+def _of_plain(module: nn.Module) -> AudioModalityAdapter:
+    """Of a module with an ``audio_cfg``, or of torchaudio."""
+    features = features_from(_described(module))
     mask = next((name for name in ("lengths", "attention_mask") if _takes(module, name)), "")
-    waves = cfg.get("kind", "waveform") == "waveform"
-    return AudioModalityAdapter(AudioFeatures(**{"scaled": False, **cfg}), mask=mask if waves else "")
+    return AudioModalityAdapter(features, mask=mask if features.kind == "waveform" else "")
 
 
 def _takes(module: nn.Module, name: str) -> bool:

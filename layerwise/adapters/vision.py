@@ -50,9 +50,9 @@ class VisionModalityAdapter(ModalityAdapter):
         argument = "pixel_values" if "transformers" in library_of(inner) else ""
         saved = json_file(folder / SETTINGS) if folder else {}
         if saved:
-            return cls(_from_json(saved), argument)
-        hugging = _from_processor(processor(folder, "image_processor")) if argument else None
-        return cls(_fitting(hugging or _from_cfg(_described(inner)), inner), argument)
+            return cls(from_json(saved), argument)
+        hugging = from_processor(processor(folder, "image_processor")) if argument else None
+        return cls(_fitting(hugging or from_cfg(_described(inner)), inner), argument)
 
     def collate(self, rows: Sequence[Row]) -> Batch:
         """Images (samples, channels, height, width) and labels (samples,)."""
@@ -93,7 +93,7 @@ def _described(module: nn.Module) -> Mapping[str, Any]:
     return {}
 
 
-def _from_cfg(cfg: Mapping[str, Any]) -> Transform:
+def from_cfg(cfg: Mapping[str, Any]) -> Transform:
     plain = Transform()
     if not cfg:
         return plain
@@ -107,12 +107,12 @@ def _from_cfg(cfg: Mapping[str, Any]) -> Transform:
     )
 
 
-def _from_json(saved: Mapping[str, Any]) -> Transform:
+def from_json(saved: Mapping[str, Any]) -> Transform:
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
     return Transform(**settings)
 
 
-def _from_processor(saved: Mapping[str, Any]) -> Transform | None:
+def from_processor(saved: Mapping[str, Any]) -> Transform | None:
     """transformers' settings: a size in height and width squashes; a shortest edge with a crop keeps the middle."""
     if not saved or "image_mean" not in saved:
         return None

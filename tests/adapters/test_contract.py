@@ -43,6 +43,12 @@ def wav2vec2() -> nn.Module:
     return tf.Wav2Vec2ForSequenceClassification(config)
 
 
+def clip() -> nn.Module:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 60, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config={**sizes, "image_size": 16, "patch_size": 8}))
+
+
 def vit() -> nn.Module:
     return timm.create_model("vit_tiny_patch16_224", img_size=8, patch_size=2, embed_dim=16, depth=2, num_heads=2, num_classes=3)
 
@@ -58,6 +64,9 @@ CASES = {
         wav2vec2, [{"audio": CLIP, "sample_rate": 16000, "label": 1}, {"audio": CLIP[:500], "sample_rate": 16000, "label": 0}]
     ),
     "graph": Case(Convolutions, [{"smiles": "CCO", "label": 1}, {"smiles": "c1ccccc1", "label": 0}]),
+    "multimodal": Case(
+        clip, [{"input_ids": [1, 6, 7, 2], "image": PIXELS, "label": 1}, {"input_ids": [1, 2], "image": PIXELS[:5], "label": 0}]
+    ),
     "tensor": Case(plain, [{"x": [1.0, 2.0, 3.0], "label": 0}, {"x": [0.0, 1.0, 0.0], "label": 1}]),
     "text": Case(bert, [{"input_ids": [5, 6, 7], "label": 1}, {"input_ids": [8], "label": 0}]),
     "vision": Case(vit, [{"image": PIXELS, "label": 2}, {"image": PIXELS[:, :, 0], "label": 0}]),

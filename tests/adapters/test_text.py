@@ -191,4 +191,4 @@ def test_models_that_read_more_than_text_are_not_claimed() -> None:
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = tf.CLIPConfig(text_config={**small, "vocab_size": 60}, vision_config={**small, "image_size": 16, "patch_size": 8})
     assert not TextModalityAdapter.claims(tf.CLIPModel(config))
-    assert adapter_for(tf.CLIPModel(config)).modality == "other"
+    assert adapter_for(tf.CLIPModel(config)).modality == "multimodal"
