@@ -1,24 +1,16 @@
-"""Where a model's layers are, read from the module tree and one traced forward pass. No model names.
+"""A model's layers: what is known of each, and how they are read from the module tree and one traced forward. No model names.
 
-The trace is a tree of module calls. Two rules find the chains of blocks in it:
-
-- *repeated*: siblings of one class that run one after the other, each taking what the one before gave, or that stand in one
-  ``ModuleList``/``Sequential`` and pass on the same shape;
-- *piped*: siblings of different classes where each takes only what the one before gave (a stage of mixed blocks).
-
-A module is opened as long as there is a repeated chain further in; a piped chain opens a module only if that module is not
-itself one of a repeated chain, since a transformer block's attention and feed-forward form a pipe as well. Modules with a
-single weight matrix (a convolution with its normalization) are atoms, never blocks, unless nothing else is found.
+Where they are is found by `layerwise.chains`.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from layerwise.chains import Chain, find_layers
 from layerwise.data import Batch
 from layerwise.errors import ModelError, UserModelError
 from layerwise.trace import Call, traced
@@ -132,118 +124,10 @@ def read_layers(module: nn.Module, batch: Batch) -> list[Layer]:
     if not any(True for _ in module.parameters()):
         raise UserModelError("The model has no parameters.", remedy="There is nothing to rank or compress.", code="LW-U75")
     root = traced(module, batch)
-    layers = _layers(find_chains(root), batch.answers)
-    if not any(layer.skippable for layer in layers):  # pipes of unlike stages (VGG) say less than what they are made of
-        layers = _layers([_atoms(root)], batch.answers) or layers
+    layers = [_layer(i, chain, calls, batch.answers) for i, (chain, calls) in enumerate(find_layers(root))]
     if not layers:
         raise ModelError("No layers were found: no module with a weight ran.", code="LW-M20")
     return layers
-
-
-def _layers(chains: Iterable[Chain], samples: int) -> list[Layer]:
-    """One layer per module, in the order of its first call."""
-    members = [(chain, call) for chain in chains for call in chain.calls]
-    firsts: dict[nn.Module, tuple[Chain, list[Call]]] = {}
-    for chain, call in sorted(members, key=lambda m: m[1].order):
-        firsts.setdefault(call.module, (chain, []))[1].append(call)
-    return [_layer(i, chain, calls, samples) for i, (chain, calls) in enumerate(_outermost(firsts).values())]
-
-
-@dataclass
-class Chain:
-    """Calls that run one after the other; `group` is the dotted path they share."""
-
-    group: str
-    calls: list[Call] = field(default_factory=list)
-
-
-def find_chains(call: Call, *, inside_repeated: bool = False) -> Iterator[Chain]:
-    """The chains of blocks at or below `call`."""
-    children = [c for c in call.children if c.parameters]
-    inner = [c for c in children if c.matrices > 1]
-    blocks = [c for c in inner if c.takes and c.gives]  # an embedding takes no stream
-    links = _linked(blocks)
-    repeated = {id(c) for a, b in links if type(a.module) is type(b.module) for c in (a, b)}
-    piped = _piped(call.children, blocks) if not inside_repeated else set()
-    deeper = {id(c): list(find_chains(c, inside_repeated=_is_block(c, repeated))) for c in inner}
-    if repeated or any(deeper[member] for member in piped):  # an embedding piped into a stack: the stack has the blocks
-        piped = {member for member in piped if deeper[member]}
-    members = repeated | piped
-    if not members:
-        for block in inner:
-            yield from deeper[id(block)]
-        return
-    own = Chain(_common(call, [c for c in blocks if id(c) in members]))
-    for block in inner:  # single blocks between the members (a stage with one block, a downsampling) are layers as well
-        if deeper[id(block)]:
-            yield from deeper[id(block)]
-        elif id(block) in members or _beside(block, blocks, members):
-            own.calls.append(_unwrapped(block))
-    if own.calls:
-        yield own
-
-
-def _is_block(call: Call, repeated: set[int]) -> bool:
-    """One of a repeated chain; a plain container is no block even when there are several in a row."""
-    return id(call) in repeated and not isinstance(call.module, nn.Sequential | nn.ModuleList)
-
-
-def _linked(blocks: Sequence[Call]) -> list[tuple[Call, Call]]:
-    """Neighbours where the second takes what the first gave, or which stand in one list and pass on the same shape."""
-    return [(a, b) for a, b in itertools.pairwise(blocks) if a.gives & b.takes or _listed(a, b)]
-
-
-def _listed(a: Call, b: Call) -> bool:
-    same_list = a.parent_path == b.parent_path and a.key.isdigit() and b.key.isdigit()
-    parallel = bool(a.takes & b.takes & _streams(a))
-    return same_list and type(a.module) is type(b.module) and not parallel and a.out_shape == b.in_shape
-
-
-def _streams(call: Call) -> frozenset[int]:
-    return frozenset(call.inputs[0][2:3]) if call.inputs else frozenset()
-
-
-def _piped(siblings: Sequence[Call], blocks: Sequence[Call]) -> set[int]:
-    """Blocks in a pipe: each takes only its forerunner's output, which nobody else takes."""
-    members: set[int] = set()
-    for a, b in itertools.pairwise(blocks):
-        taken_from = [s for s in siblings if s is not b and s.order < b.order and s.parameters and s.gives & b.takes]
-        takers = [s for s in siblings if s is not a and s.order > a.order and a.gives & s.takes and not a.gives <= s.gives]
-        if taken_from == [a] and len([t for t in takers if t.parameters]) <= 1:
-            members |= {id(a), id(b)}
-    return members
-
-
-def _beside(block: Call, blocks: Sequence[Call], members: set[int]) -> bool:
-    """Stands in the same list as a member."""
-    return block.key.isdigit() and any(id(c) in members and c.parent_path == block.parent_path for c in blocks)
-
-
-def _unwrapped(call: Call) -> Call:
-    """The only block in a container of one: ``Sequential(block)`` → block."""
-    while isinstance(call.module, nn.Sequential) and len(call.children) == 1 and call.children[0].matrices > 1:
-        call = call.children[0]
-    return call
-
-
-def _common(call: Call, members: Sequence[Call]) -> str:
-    paths = {m.parent_path for m in members}
-    return paths.pop() if len(paths) == 1 else call.name
-
-
-def _atoms(root: Call) -> Chain:
-    """For models without blocks: every module that owns a weight matrix and holds no other such module."""
-    chain = Chain("")
-    for call in root.walk():
-        owns = any(p.dim() > 1 for p in call.module.parameters(recurse=False))
-        if owns and not any(c.matrices for c in call.children) and not isinstance(call.module, nn.Embedding):
-            chain.calls.append(call)
-    return chain
-
-
-def _outermost(found: dict[nn.Module, tuple[Chain, list[Call]]]) -> dict[nn.Module, tuple[Chain, list[Call]]]:
-    inner = {m for module in found for m in module.modules() if m is not module}
-    return {module: value for module, value in found.items() if module not in inner}
 
 
 def _layer(index: int, chain: Chain, calls: list[Call], samples: int) -> Layer:
@@ -328,4 +212,4 @@ def outside(module: nn.Module, layers: Sequence[Layer]) -> list[tuple[str, Tenso
     return [(name, p) for name, p in module.named_parameters() if id(p) not in inside]
 
 
-__all__ = ["Chain", "Layer", "Share", "Site", "Stream", "coverage", "find_chains", "outside", "read_layers"]
+__all__ = ["Layer", "Share", "Site", "Stream", "coverage", "outside", "read_layers"]

@@ -1,4 +1,7 @@
-"""One forward pass seen as a tree of module calls: who ran in whom, what went in and out, which operators, how many MACs."""
+"""One forward pass seen as a tree of module calls: who ran in whom, what went in and out, which operators, how many MACs.
+
+It also runs on tensors without data (``torch.device("meta")``), so that a model too big to run can be read.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,13 @@ from layerwise.data import Batch
 from layerwise.errors import LayerwiseError, UserModelError
 from layerwise.trees import Path
 
+NEVER = -1
 Seen = tuple[Path, tuple[int, ...], int, torch.dtype]  # path, shape, identity of the memory, type
 
 
 @dataclass(eq=False)
 class Call:
-    """One call of a module. `order` is the moment it began; `gives`/`takes` are memory identities of its tensors."""
+    """One call of a module. `order` and `ended` are moments; `gives`/`takes` are memory identities of its tensors."""
 
     name: str
     module: nn.Module
@@ -36,6 +40,8 @@ class Call:
     macs: int = 0
     parameters: int = 0
     matrices: int = 0
+    ended: int = 0
+    read: dict[Tensor, int] = field(default_factory=dict)  # of the whole run: parameter → when it was first multiplied, or NEVER
 
     @property
     def parent_path(self) -> str:
@@ -69,11 +75,12 @@ class Call:
 
 
 class _Operators(TorchDispatchMode):
-    """Notes each operator and its multiply-accumulates on every module call that is open."""
+    """Notes each operator and its multiply-accumulates on every module call that is open, and which parameters are read."""
 
-    def __init__(self, stack: list[Call]) -> None:
+    def __init__(self, tracer: _Tracer, reading: Reading) -> None:
         super().__init__()
-        self.stack = stack
+        self.tracer = tracer
+        self.reading = reading
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -84,10 +91,49 @@ class _Operators(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         macs = multiply_accumulates(func, args, kwargs or {}, result)
         name = func._schema.name
-        for call in self.stack:
+        for call in self.tracer.stack:
             call.operators.add(name)
             call.macs += macs
+        multiplied = macs > 0 or "rnn" in name
+        self.reading.note((args, kwargs or {}), result, self.tracer.now if multiplied else NEVER)
         return result
+
+
+class Reading:
+    """Which parameters the operators read, also through views and through tensors made of parameters alone (a scaled weight).
+
+    A parameter is *multiplied* when an operator with multiply-accumulates takes it; others are looked up in, added or scale.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.made_of: dict[int, frozenset[Tensor]] = {}  # storage → the parameters in it, or that it was made of
+        self.read: dict[Tensor, int] = {}
+        for parameter in module.parameters():
+            key = storage_of(parameter)
+            self.made_of[key] = self.made_of.get(key, frozenset()) | {parameter}
+        self.lasting = frozenset(self.made_of)
+
+    def note(self, entering: Any, leaving: Any, multiplied: int) -> None:
+        """One operator's call: what it took and gave, and the moment if it multiplies."""
+        taken = [self.made_of.get(storage_of(tensor)) for _, tensor in trees.tensors(entering)]
+        sources = frozenset[Tensor]().union(*(source for source in taken if source))
+        for parameter in sources:
+            if self.read.get(parameter, NEVER) == NEVER:
+                self.read[parameter] = multiplied
+        pure = None not in taken
+        for _, tensor in trees.tensors(leaving):
+            key = storage_of(tensor)
+            if key in self.lasting:
+                continue
+            if pure and sources:
+                self.made_of[key] = sources
+            else:
+                self.made_of.pop(key, None)  # memory is used again: what it held is gone
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Equal for all views of one memory, also where there is no data (meta tensors)."""
+    return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else id(tensor)
 
 
 def multiply_accumulates(func: Any, args: Any, kwargs: Any, result: Any) -> int:
@@ -110,14 +156,14 @@ class _Tracer:
         self.stack: list[Call] = []
         self.root: Call | None = None
         self.held: list[Tensor] = []
-        self.calls = 0
+        self.now = 0  # grows with each call that begins or ends
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        call = Call(self.names[module], module, self.calls, inputs=self._see((args, kwargs)))
+        self.now += 1
+        call = Call(self.names[module], module, self.now, inputs=self._see((args, kwargs)))
         unique = {id(p): p for p in module.parameters()}
         call.parameters = sum(p.numel() for p in unique.values())
-        call.matrices = sum(p.dim() > 1 for p in unique.values())
-        self.calls += 1
+        call.matrices = sum(is_matrix(p) for p in unique.values())
         if self.stack:
             self.stack[-1].children.append(call)
         else:
@@ -125,7 +171,9 @@ class _Tracer:
         self.stack.append(call)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self.stack.pop().outputs = self._see(output)
+        self.now += 1
+        call = self.stack.pop()
+        call.outputs, call.ended = self._see(output), self.now
 
     def _see(self, tree: Any) -> list[Seen]:
         found = list(trees.tensors(tree))
@@ -134,18 +182,44 @@ class _Tracer:
 
 
 def _identity(tensor: Tensor) -> int:
-    """Equal for a tensor and its reshapes: their data start at one address and count the same elements."""
-    return hash((tensor.data_ptr(), tensor.numel())) if tensor.numel() else id(tensor)
+    """Equal for a tensor and its reshapes: their data start at one place of one memory and count the same elements."""
+    return hash((storage_of(tensor), tensor.storage_offset(), tensor.numel())) if tensor.numel() else id(tensor)
 
 
 def traced(module: nn.Module, batch: Batch) -> Call:
     """The call tree of one forward in eval mode without gradients. Raises `UserModelError` (LW-U73) when the forward raises."""
-    tracer = _Tracer(module)
-    with evaluating(module), torch.no_grad(), unfused(), _uncompiled(), _hooked(module, tracer), _Operators(tracer.stack):
-        run(module, batch)
+    tracer, reading = _Tracer(module), Reading(module)
+    with (
+        evaluating(module),
+        torch.no_grad(),
+        unfused(),
+        _uncompiled(),
+        _hooked(module, tracer),
+        _dataless(module, batch) as given,
+        _Operators(tracer, reading),
+    ):
+        run(module, given)
     if tracer.root is None:
         raise UserModelError("The model's forward was never called.", code="LW-U76")
+    tracer.root.read = reading.read
     return tracer.root
+
+
+@contextmanager
+def _dataless(module: nn.Module, batch: Batch) -> Iterator[Batch]:
+    """For a module without data, the batch as fake tensors: libraries ask a fake mask nothing that only data can answer."""
+    if not any(p.is_meta for p in module.parameters()):
+        yield batch
+        return
+    from torch._subclasses import FakeTensorMode  # seconds of imports that no other model needs
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield batch.map(lambda tensor: mode.from_tensor(tensor.to("meta")))
+
+
+def is_matrix(parameter: Tensor) -> bool:
+    """Two dimensions, or more of which two count: a scale per channel of shape (channels, 1, 1) is a vector."""
+    return parameter.dim() == 2 or sum(size > 1 for size in parameter.shape) > 1
 
 
 @contextmanager

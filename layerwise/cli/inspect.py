@@ -86,7 +86,7 @@ def _show(found: dict[str, Any], screen: Screen) -> None:
     for position, layer in enumerate(found["layers"]):
         if layer["group"] != group:
             group = layer["group"]
-            rows.append([group or "(model)", "", "", "", "", ""])
+            rows.append([group or "(model)", "", "", "", "", "", ""])
         ends = position + 1 == len(found["layers"]) or found["layers"][position + 1]["group"] != group
         rows.append(
             [
@@ -96,12 +96,10 @@ def _show(found: dict[str, Any], screen: Screen) -> None:
                 formats.macs(layer["macs"]),
                 "×".join(str(n) for n in layer["shape"]),
                 "yes" if layer["skippable"] else "no",
+                layer["reason"] or "keeps shape and type of its input",
             ]
         )
-    screen.table(["layer", "kind", "parameters", "MACs", "output", "skip"], rows, right="parameters MACs")
-    for layer in found["layers"]:
-        if layer["reason"]:
-            screen.say(f"{layer['name']} cannot be skipped: {layer['reason']}")
+    screen.table(["layer", "kind", "parameters", "MACs", "output", "skip", "why"], rows, right="parameters MACs")
     outside = found["outside"]
     names = ", ".join(outside["names"][:6]) + (", …" if len(outside["names"]) > 6 else "")
     screen.say(

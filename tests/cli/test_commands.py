@@ -44,6 +44,7 @@ def test_inspect_shows_the_tree(base: list[str], capsys: pytest.CaptureFixture[s
     out = capsys.readouterr().out
     assert "net (other): 1,187 parameters" in out
     assert "└ blocks.3" in out
+    assert out.count("keeps shape and type of its input") == 4
     assert "Outside all layers: 67 parameters, 5.644 % (stem.weight, stem.bias, head.weight, head.bias)" in out
     assert "\x1b" not in out  # a pipe gets no control codes
 
