@@ -10,14 +10,13 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from layerwise import trees
 from layerwise.data import Batch, Row
 from layerwise.errors import UsageError, UserModelError
 from layerwise.registry import Registry
-from layerwise.task import Classification, Fidelity, Task, task_named
+from layerwise.task import Fidelity, Task, suited_task
 
 PREFERRED = ("logits", "pred_logits", "text_embeds", "pooler_output", "last_hidden_state")
 
@@ -95,23 +94,6 @@ def adapter_for(module: nn.Module, folder: Path | None = None) -> ModalityAdapte
     return max(claiming, key=lambda cls: cls.priority).of(module, folder)
 
 
-def suited_task(labels: Any, output: Tensor) -> Task | None:
-    """The task that these labels and outputs are of; None where they are of none.
-
-    Whole numbers (samples,) with logits (samples, C) are classes. Real values, several targets, and whole numbers for a single
-    output are regression; or yes/no questions, where all that are known are 0 or 1.
-    """
-    if labels is None or output.dim() not in (1, 2):
-        return None
-    found = torch.as_tensor(labels)
-    known = found[~found.isnan()] if found.is_floating_point() else found
-    single = output.dim() == 1 or output.shape[1] == 1
-    whole = not found.is_floating_point() or bool((known == known.round()).all())
-    if found.dim() == 1 and whole and not single:
-        return Classification()
-    return task_named("multi_label" if bool(((known == 0) | (known == 1)).all()) else "regression")
-
-
 def main_tensor(raw: Any) -> Tensor:
     """A tensor itself; of a mapping the field that carries the result; else the first floating-point tensor."""
     if isinstance(raw, Tensor):
@@ -135,4 +117,4 @@ def library_of(module: nn.Module) -> set[str]:
     return {cls.__module__.partition(".")[0] for cls in type(module).__mro__} - {"torch", "builtins"}
 
 
-__all__ = ["ADAPTERS", "ModalityAdapter", "adapter_for", "library_of", "main_tensor", "suited_task"]
+__all__ = ["ADAPTERS", "ModalityAdapter", "adapter_for", "library_of", "main_tensor"]

@@ -18,6 +18,7 @@ class Metric:
 
 
 SHARE = Metric(higher_is_better=True, share=True)
+GAIN = Metric(higher_is_better=True)
 ERROR = Metric(higher_is_better=False)
 # A report draws the first that it finds, so those that tasks are judged by come first.
 METRICS: dict[str, Metric] = {
@@ -30,9 +31,31 @@ METRICS: dict[str, Metric] = {
     "f1_score": SHARE,
     "precision": SHARE,
     "recall": SHARE,
-    "auc": Metric(higher_is_better=True),
+    "auc": GAIN,
+    "mean_return": GAIN,
+    "mean_iou": SHARE,
+    "map": SHARE,
+    "mrr": SHARE,
+    "ndcg": SHARE,
+    "exact_match": SHARE,
+    "bleu": GAIN,
     "rmse": ERROR,
     "mse": ERROR,
     "mae": ERROR,
-    "r2": Metric(higher_is_better=True),
+    "r2": GAIN,
+    "pixel_accuracy": SHARE,
+    "dice": SHARE,
+    "map_50": SHARE,
+    "map_75": SHARE,
+    "mar_100": SHARE,
+    "recall_at_1": SHARE,
+    "recall_at_5": SHARE,
+    "recall_at_10": SHARE,
+    "chrf": GAIN,
+    "ter": ERROR,
+    "rouge": SHARE,
+    "rouge_1": SHARE,
+    "rouge_2": SHARE,
+    "success_rate": SHARE,
+    "kl": Metric(higher_is_better=False, unit="nats"),
 }

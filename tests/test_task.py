@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from layerwise.data import Batch, Data
 from layerwise.errors import DataError, UsageError
 from layerwise.evaluation import Evaluation
 from layerwise.measure import evaluate
-from layerwise.task import Classification, Fidelity, LanguageModelling, cosine_distance, task_named
+from layerwise.task import Classification, Fidelity, LanguageModelling, cosine_distance, suited_task, task_named
 from tests.models import CASES
 
 
@@ -94,6 +95,34 @@ def test_the_same_seed_draws_the_same_answers() -> None:
     logits = torch.randn(9, 4)
     first, second = (Fidelity().likelihood(logits, Batch((logits,)), torch.Generator().manual_seed(5)) for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("output", "labels", "name"),
+    [
+        ((2, 3), torch.tensor([0, 2, 1, 1]), "classification"),
+        ((2, 3), [0, 2], "classification"),
+        ((2, 3), torch.tensor([0.0, 2.0]), "classification"),  # class numbers from a column with gaps
+        ((2, 1), torch.tensor([0.5, 2.0, 3.0]), "regression"),
+        ((2, 1), torch.tensor([3, 2]), "regression"),
+        ((2,), torch.tensor([0.5, torch.nan]), "regression"),
+        ((2, 3), torch.rand(4, 3), "regression"),
+        ((2, 3), torch.tensor([[0.0, 1, torch.nan], [1, 1, 0]]), "multi_label"),
+        ((2, 9, 3), torch.zeros(4, 7, dtype=torch.long), "token_classification"),
+        ((2, 3, 8, 8), torch.zeros(4, 32, 32, dtype=torch.long), "segmentation"),
+    ],
+)
+def test_the_task_that_labels_suit(output: tuple[int, ...], labels: Any, name: str) -> None:
+    task = suited_task(labels, torch.zeros(output))
+    assert task is not None
+    assert task.name == name
+
+
+@pytest.mark.parametrize(
+    ("output", "labels"), [((2, 3), None), ((2, 3), {"span": torch.zeros(2, 2)}), ((2, 9, 3), torch.rand(2, 9))]
+)
+def test_where_labels_leave_doubt_no_task_suits(output: tuple[int, ...], labels: Any) -> None:
+    assert suited_task(labels, torch.zeros(output)) is None
 
 
 def test_an_unknown_task_names_the_nearest() -> None:

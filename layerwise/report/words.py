@@ -6,8 +6,10 @@ What comes from elsewhere (layer and method names, reasons, proof details, units
 from __future__ import annotations
 
 from layerwise.errors import UsageError, nearest
+from layerwise.report.metric_words import METRIC_WORDS
 
 ENGLISH = {
+    **{f"metric.{name}": english for name, (english, _) in METRIC_WORDS.items()},
     "html": "en",
     "comma": ", ",
     "title": "Layer report",
@@ -198,26 +200,7 @@ ENGLISH = {
     "fingerprint": "fingerprint",
     "domain": "domain",
     "metrics": "metrics on this data",
-    # metrics and artifact columns
-    "metric.size": "size",
-    "metric.params": "parameters",
-    "metric.nonzero": "nonzero parameters",
-    "metric.macs": "multiply-accumulates per sample",
-    "metric.latency": "latency per batch",
-    "metric.accuracy": "accuracy",
-    "metric.loss": "loss",
-    "metric.perplexity": "perplexity",
-    "metric.divergence": "divergence",
-    "metric.agreement": "agreement with the original",
-    "metric.token_accuracy": "token accuracy",
-    "metric.f1_score": "F1",
-    "metric.precision": "precision",
-    "metric.recall": "recall",
-    "metric.auc": "AUC",
-    "metric.rmse": "root mean squared error",
-    "metric.mse": "mean squared error",
-    "metric.mae": "mean absolute error",
-    "metric.r2": "R²",
+    # artifact columns; the metrics' names are in metric_words
     "unit.params": "count",
     "unit.macs": "MACs",
     "unit.nats": "nats",
@@ -231,6 +214,7 @@ ENGLISH = {
 }
 
 CHINESE = {
+    **{f"metric.{name}": chinese for name, (_, chinese) in METRIC_WORDS.items()},
     "html": "zh-Hans",
     "comma": "、",
     "title": "层报告",
@@ -406,25 +390,6 @@ CHINESE = {
     "fingerprint": "指纹",
     "domain": "领域",
     "metrics": "在该数据上的指标",
-    "metric.size": "大小",
-    "metric.params": "参数量",
-    "metric.nonzero": "非零参数量",
-    "metric.macs": "每个样本的乘加次数",
-    "metric.latency": "每批延迟",
-    "metric.accuracy": "准确率",
-    "metric.loss": "损失",
-    "metric.perplexity": "困惑度",
-    "metric.divergence": "散度",
-    "metric.agreement": "与原模型的一致率",
-    "metric.token_accuracy": "词元准确率",
-    "metric.f1_score": "F1 值",
-    "metric.precision": "精确率",
-    "metric.recall": "召回率",
-    "metric.auc": "AUC",
-    "metric.rmse": "均方根误差",
-    "metric.mse": "均方误差",
-    "metric.mae": "平均绝对误差",
-    "metric.r2": "R²",
     "unit.params": "个",
     "unit.macs": "次",
     "unit.nats": "奈特",

@@ -57,7 +57,8 @@ class Classification(Task):
         if output.dim() != 2 or labels.shape != output.shape[:1]:
             raise DataError(
                 f"Classification needs outputs (samples, classes) and labels (samples,), got {tuple(output.shape)} and "
-                f"{tuple(labels.shape)}."
+                f"{tuple(labels.shape)}.",
+                remedy="Name the task where it is another: task='multi_label', 'regression', 'segmentation', …",
             )
         if labels.device.type == "cpu":  # on a GPU asking would make every batch wait: there the engine asks before the copy
             check_classes(labels, output.shape[1])
@@ -66,7 +67,9 @@ class Classification(Task):
 
 def check_whole(labels: Tensor) -> Tensor:
     """`labels` themselves. Raises `DataError` (LW-D34) with the row of the first that is a real value, and so no class."""
-    wrong = labels != labels.round() if labels.is_floating_point() else torch.zeros(1, dtype=torch.bool)
+    if not labels.is_floating_point():
+        return labels
+    wrong = labels != labels.round()
     if bool(wrong.any()):
         row = int(wrong.reshape(len(labels), -1).any(1).nonzero()[0])
         what = f"The label in row {row} of the batch is {labels[row].tolist()}, which is no class number."

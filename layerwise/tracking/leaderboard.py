@@ -25,10 +25,15 @@ COSTS = ("size", "params", "nonzero", "macs", "latency", "ratio")
 # A task's own quality; for other tasks the first of PREFERRED that was measured.
 QUALITY = {
     "classification": "accuracy",
+    "detection": "map",
     "fidelity": "divergence",
     "language_modelling": "perplexity",
     "multi_label": "auc",
+    "question_answering": "f1_score",
     "regression": "rmse",
+    "retrieval": "mrr",
+    "segmentation": "mean_iou",
+    "token_classification": "accuracy",
 }
 PREFERRED = (
     "accuracy", "f1", "f1_score", "auc", "ndcg", "map", "miou", "recall", "precision", "bleu", "rouge", "agreement",
