@@ -50,8 +50,9 @@ class Statistic(ABC):
     needs: ClassVar[frozenset[Signal]] = frozenset()
     intervenes: ClassVar[bool] = False
     walks: ClassVar[bool] = False
+    differentiates: bool = False  # a walk that runs a backward pass of its own
     aligned: ClassVar[bool] = False  # whether it compares one sample's positions with the same ones of another
-    refused: str = ""  # why it is not fed with these data, which leaves every layer not applicable
+    refused: str = ""  # why it is not fed with this model or these data, which leaves every layer not applicable
 
     def observe(self, seen: Seen) -> None:
         """One batch of the sweep, after its backward pass."""

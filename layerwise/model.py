@@ -183,8 +183,9 @@ class UniversalModel:
         """
         model = self.around(module, source=source)
         if self._layers is not None:
-            there = [replace(layer, module=module.get_submodule(layer.name)) for layer in self._layers]
-            model._layers = [layer for layer in there if any(True for _ in layer.module.parameters())]
+            there = [(layer, module.get_submodule(layer.name)) for layer in self._layers]
+            kept = [(layer, found) for layer, found in there if any(True for _ in found.parameters())]
+            model._layers = [replace(layer, module=found, index=i) for i, (layer, found) in enumerate(kept)]
         return model
 
     def around(self, module: nn.Module, *, source: Source | None) -> UniversalModel:

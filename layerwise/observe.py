@@ -16,8 +16,10 @@ from layerwise.executors import executor_named
 from layerwise.feeding import Feeder, Observation
 from layerwise.layout import Layout
 from layerwise.model import UniversalModel
+from layerwise.tensors import wraps
 
 SAVE_EVERY = 5.0  # seconds between checkpoints
+BACKWARD = frozenset({Signal.GRADIENTS, Signal.SAMPLE_GRADIENTS})
 CHANGES = "changes a sample's own inputs or streams, which is not defined here where the rows of a tensor are nodes of graphs"
 UNORDERED = "compares the samples position by position, and the nodes of a graph have no order"
 MIXED = "the samples are nodes of a graph: what flows back through a node is of its neighbours' losses as well as its own"
@@ -44,7 +46,7 @@ def observe(
     execute = executor_named(executor)
     model.see(data[0])
     for statistic in statistics.values():
-        statistic.refused = refusal(statistic, data[0].layout)
+        statistic.refused = without_gradients(statistic, model) or refusal(statistic, data[0].layout)
     feeder = Feeder(model, {name: s for name, s in statistics.items() if not s.refused}, data, seed)
     if checkpoint is not None:
         checkpoints.resume(checkpoint, feeder)
@@ -57,6 +59,17 @@ def observe(
         if progress is not None:
             progress(len(feeder.done), total)
     return feeder.finish()
+
+
+def without_gradients(statistic: Statistic, model: UniversalModel) -> str:
+    """Why `statistic` cannot be fed on `model`, because it differentiates and the weights are quantized; '' if it can.
+
+    Rounding has no derivative: what passes is at best a part (the residual branch), and a score from it would mislead.
+    """
+    if not statistic.differentiates and not statistic.needs & BACKWARD:
+        return ""
+    name = next((name for name, parameter in model.module.named_parameters() if wraps(parameter)), "")
+    return f"no gradient passes quantized weights, such as {name}: analyze the model as it was before" if name else ""
 
 
 def refusal(statistic: Statistic, layout: Layout | None) -> str:

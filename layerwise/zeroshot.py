@@ -22,6 +22,7 @@ from layerwise.errors import ModelError, UsageError
 from layerwise.importance import ImportanceReport, LayerInfo
 from layerwise.model import UniversalModel
 from layerwise.scores import LayerScore, Scores
+from layerwise.tensors import dense
 from layerwise.weights import describe_weights, stream_weights
 from layerwise.weights.grouping import is_parameter, layers_of
 from layerwise.weights.problems import listed
@@ -49,7 +50,7 @@ class WeightAnalyzer(ImportanceAnalyzer):
 
     def score(self, model: UniversalModel, statistic: None) -> Mapping[str, LayerScore]:
         return {
-            layer.name: self.combine([self.summarize(t.detach(), not layer.masked) for _, t in layer.tensors()])
+            layer.name: self.combine([self.summarize(dense(t), not layer.masked) for _, t in layer.tensors()])
             for layer in model.layers
         }
 

@@ -61,6 +61,7 @@ class PatchingEffects(MomentsStatistic):
     def __init__(self, model: UniversalModel, settings: CausalAnalyzer) -> None:
         super().__init__(Moments(len(model.layers)))
         self.settings = settings
+        self.differentiates = settings.estimator == "attribution"
         self.single = torch.zeros(1, dtype=torch.float64)  # samples that had no other to be exchanged with
 
     def walk(self, walk: Walk) -> None:

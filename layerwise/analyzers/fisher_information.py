@@ -87,6 +87,7 @@ class DrawnAnswers(MomentsStatistic):
     """The same in a sweep of its own, whose answers are drawn from the model although the data have labels."""
 
     walks: ClassVar[bool] = True
+    differentiates = True
 
     def __init__(self, inner: SquaredGradients) -> None:
         super().__init__(inner.moments)

@@ -172,6 +172,7 @@ class JacobianGain(MomentsStatistic):
     """Per sample: mean over probes of ‖Jᵀv‖² with v ~ N(0, 1) on what leaves, weighted by the numbers that leave."""
 
     walks: ClassVar[bool] = True
+    differentiates = True
 
     def __init__(self, layers: int, probes: int) -> None:
         super().__init__(Moments(layers))

@@ -51,6 +51,7 @@ class PathSums(MomentsStatistic):
     """Per sample: Σ over the units of what a layer adds of |conductance|; and how far each layer's sums are from complete."""
 
     walks: ClassVar[bool] = True
+    differentiates = True
 
     def __init__(self, model: UniversalModel, settings: LayerConductanceAnalyzer) -> None:
         super().__init__(Moments(len(model.layers)))

@@ -34,6 +34,7 @@ class NoiseEffects(MomentsStatistic):
     def __init__(self, model: UniversalModel, settings: UncertaintyAnalyzer) -> None:
         super().__init__(Moments(len(model.layers)))
         self.settings = settings
+        self.differentiates = settings.measure == "linear"
         self.fidelity = model.adapter.fidelity(model.module)
 
     def walk(self, walk: Walk) -> None:

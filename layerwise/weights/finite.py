@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from layerwise.errors import NonFiniteWeights
+from layerwise.tensors import flattened
 from layerwise.weights.problems import SHOWN, short
 
 CHUNK = 1 << 22  # values checked at a time
@@ -18,7 +19,8 @@ def check_finite(weights: torch.nn.Module | Mapping[str, torch.Tensor], *, sourc
     Of a module its parameters and saved buffers. A causal mask (zero, and minus infinity above the diagonal) is no fault.
     """
     tensors = weights.state_dict() if isinstance(weights, torch.nn.Module) else weights
-    found = [text for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor) and (text := _fault(name, tensor))]
+    plain = [part for name, t in tensors.items() if isinstance(t, torch.Tensor) for part in flattened(name, t).items()]
+    found = [text for name, tensor in plain if (text := _fault(name, tensor))]
     if not found:
         return
     more = f" and {len(found) - SHOWN:,} more tensors" if len(found) > SHOWN else ""
