@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from layerwise.errors import UsageError, nearest
 from layerwise.native.projector import VeinProjector
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
 class VFTFeedForward(nn.Module):
