@@ -33,9 +33,19 @@ class ModalityAdapter(ABC):
         """Whether this adapter knows how to feed `module`, judged without importing anything heavy."""
 
     @classmethod
+    def left_in(cls, folder: Path) -> bool:
+        """Whether `folder` holds settings of this adapter, which then is the one for any module."""
+        return False
+
+    @classmethod
     @abstractmethod
     def of(cls, module: nn.Module, folder: Path | None = None) -> ModalityAdapter:
         """The adapter for `module`; `folder` may hold its tokenizer or preprocessing settings."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that it reads by their own names; empty where it reads roles (text, image, x)."""
+        return ()
 
     @abstractmethod
     def collate(self, rows: Sequence[Row]) -> Batch:
@@ -89,8 +99,12 @@ ADAPTERS: Registry[ModalityAdapter] = Registry("modality adapter", "layerwise.ad
 
 
 def adapter_for(module: nn.Module, folder: Path | None = None) -> ModalityAdapter:
-    """The adapter that claims `module` with the highest priority (the plain tensor adapter claims everything)."""
-    claiming = [cls for cls in ADAPTERS.values() if cls.claims(module)]
+    """The adapter whose settings are in `folder`, else the one that claims `module` with the highest priority.
+
+    The plain tensor adapter claims everything.
+    """
+    left = [cls for cls in ADAPTERS.values() if folder is not None and cls.left_in(folder)]
+    claiming = left or [cls for cls in ADAPTERS.values() if cls.claims(module)]
     return max(claiming, key=lambda cls: cls.priority).of(module, folder)
 
 

@@ -221,6 +221,9 @@ def test_digits_come_in_a_fixed_stratified_split() -> None:
     assert [r.place for r in read("sklearn:digits", Request(split="test")).rows] == [r.place for r in test.rows]
     assert len(read("sklearn:digits", Request()).rows) == 1797
     assert load_data("sklearn:iris")[0].args[0].shape == (32, 4)
+    progress = load_data("sklearn:diabetes", split="test", batch_size=89)[0]
+    assert progress.args[0].shape == (89, 10)
+    assert 25 <= float(progress.labels.min()) < 100 < float(progress.labels.max()) <= 346, "values, not classes"
 
 
 def test_audio_manifest(tmp_path: Path) -> None:

@@ -31,8 +31,10 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
 SHOWN = 20  # class names in a note
 
 
-def with_roles(table: Table, given: Mapping[str, Any]) -> Table:
+def with_roles(table: Table, given: Mapping[str, Any], *, keep: Sequence[str] = ()) -> Table:
     """The rows with the names that adapters know; without a text, image, audio or ``x``, all numeric columns are features.
+
+    With `keep` the rows hold these columns, as they are, and the label.
 
     Raises `DataError` LW-D31 for a column that is not there, LW-D32 for mixed types, LW-D33 for NaN, each naming the row.
     """
@@ -40,6 +42,8 @@ def with_roles(table: Table, given: Mapping[str, Any]) -> Table:
     column = roles.pop("label", None)
     table = _several(table, column) if isinstance(column, list | tuple) else _labelled(table, column)
     label = ("label",) if "label" in table.columns else ()
+    if keep:
+        return _kept(table, keep, label)
     if not roles:
         return _features(table, label)
     listed = roles["x"] if isinstance(roles.get("x"), list | tuple) else None
@@ -55,6 +59,15 @@ def with_roles(table: Table, given: Mapping[str, Any]) -> Table:
     for role in roles.keys() & {"text", "text_pair", "target"}:
         _check_text([row for row in rows if not (several and row[role] is None)], role, roles[role])
     return replace(table, rows=rows, columns=(*roles, *(("x",) if listed else ()), *label))
+
+
+def _kept(table: Table, keep: Sequence[str], label: Sequence[str]) -> Table:
+    missing = [name for name in keep if name not in table.columns]
+    if missing:
+        what = f"There is no column {missing[0]!r}, which the model was trained on."
+        raise DataError(what, place=table.name, remedy=f"The columns are: {', '.join(table.columns)}.", code="LW-D31")
+    names = (*keep, *label)
+    return replace(table, rows=[Record({n: row[n] for n in names if n in row}, row.place) for row in table.rows], columns=names)
 
 
 def _roles(table: Table, given: Mapping[str, Any]) -> dict[str, Any]:

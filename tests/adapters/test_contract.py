@@ -20,6 +20,8 @@ from layerwise.errors import DataError
 from layerwise.model import UniversalModel
 from layerwise.rows import Record
 from tests.graphs import Convolutions
+from tests.tables import Described
+from tests.tables import rows as table
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def plain() -> nn.Module:
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+TABLE = table()
 CLIP = np.random.default_rng(1).normal(0, 0.1, 900).astype(np.float32)
 CASES = {
     "audio": Case(
@@ -67,6 +70,7 @@ CASES = {
     "multimodal": Case(
         clip, [{"input_ids": [1, 6, 7, 2], "image": PIXELS, "label": 1}, {"input_ids": [1, 2], "image": PIXELS[:5], "label": 0}]
     ),
+    "tabular": Case(Described, TABLE[:2]),
     "tensor": Case(plain, [{"x": [1.0, 2.0, 3.0], "label": 0}, {"x": [0.0, 1.0, 0.0], "label": 1}]),
     "text": Case(bert, [{"input_ids": [5, 6, 7], "label": 1}, {"input_ids": [8], "label": 0}]),
     "vision": Case(vit, [{"image": PIXELS, "label": 2}, {"image": PIXELS[:, :, 0], "label": 0}]),
