@@ -107,7 +107,7 @@ def _wrapped(opened: Opened) -> UniversalModel:
     adapter = adapter_for(opened.module, opened.folder)
     name = opened.source.name.rpartition(":")[2]
     model = UniversalModel(opened.module, adapter=adapter, source=opened.source, name=name)
-    model.notes = opened.notes
+    model.notes = (*model.notes, *opened.notes)
     return model
 
 

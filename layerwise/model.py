@@ -18,6 +18,7 @@ from layerwise.adapter import ModalityAdapter, adapter_for
 from layerwise.data import Batch
 from layerwise.errors import UsageError, UserModelError, nearest
 from layerwise.patching import place, replacing, skip
+from layerwise.recurrent import stacked_names, unstacked
 from layerwise.source import Source
 from layerwise.structure import Layer, read_layers
 from layerwise.task import Task
@@ -28,6 +29,8 @@ from layerwise.units import Granularity, read_units
 
 class UniversalModel:
     """Any PyTorch module with its layers, in one shape for every analyzer and method.
+
+    A module with stacked recurrent nets is exchanged for its twin (`layerwise.recurrent.unstacked`), which shares its weights.
 
     `example` is one batch to read the structure with; without one the adapter makes it, and where it cannot,
     the first batch of data that the model meets is kept (`see`). `notes` say in words what was assumed or adapted on loading.
@@ -43,12 +46,16 @@ class UniversalModel:
         name: str = "",
         example: Batch | None = None,
     ) -> None:
-        self.module = module
+        self.module = unstacked(module)
         self.adapter = adapter or adapter_for(module)
         self.task = task
         self.source = source
         self.name = name or type(module).__name__
-        self.notes: tuple[str, ...] = ()
+        self.notes: tuple[str, ...] = tuple(
+            f"{name or 'the model'}: {module.get_submodule(name).num_layers} stacked layers, run one by one by an exact twin "
+            "that shares their weights (layerwise.recurrent.unstacked)"
+            for name in stacked_names(module)
+        )
         self._example = example
         self._layers: list[Layer] | None = None
         self._units: list[Layer] | None = None

@@ -34,6 +34,7 @@ from layerwise.method import COMPRESSED, method_of, outlined, replay_
 from layerwise.model import UniversalModel
 from layerwise.packing import stand_in
 from layerwise.plan import Step
+from layerwise.recurrent import Unstacked
 from layerwise.result import CompressionResult
 from layerwise.source import Source, build
 from layerwise.task import Task, task_named
@@ -137,7 +138,8 @@ def _plain(model: UniversalModel) -> bool:
     """Whether the class takes these weights as it is."""
     _, steps = unfolded(model.source)
     quantized = any(wraps(t) for t in model.module.parameters())
-    return not quantized and not any(method_of(step).structural for step in steps)
+    taken_apart = any(isinstance(m, Unstacked) for m in model.module.modules())
+    return not quantized and not taken_apart and not any(method_of(step).structural for step in steps)
 
 
 def _config(module: Any) -> dict[str, Any]:

@@ -190,13 +190,18 @@ def _kind(call: Call) -> str:
     ops = call.operators
     if any("scaled_dot_product" in op or "softmax" in op for op in ops):
         return "attention"
-    if any("lstm" in op or "gru" in op or "rnn" in op for op in ops):
+    if any("lstm" in op or "gru" in op or "rnn" in op for op in ops) or _recurs(call):
         return "recurrent"
     if any("convolution" in op for op in ops):
         return "convolution"
     if call.matrices > 1:
         return "mlp"
     return "linear" if call.matrices else "other"
+
+
+def _recurs(call: Call) -> bool:
+    """Holds one of torch's own recurrent nets, which mostly dissolve into plain matrix products."""
+    return any(isinstance(inner.module, nn.RNNBase | nn.RNNCellBase) for inner in call.walk())
 
 
 def coverage(module: nn.Module, layers: Sequence[Layer]) -> float:
