@@ -24,6 +24,7 @@ _HOMES = {
     "layerwise.errors": ("LayerwiseError",),
     "layerwise.importance": ("ImportanceReport",),
     "layerwise.model": ("UniversalModel",),
+    "layerwise.multimodal": ("MultiModalAnalysis",),
     "layerwise.plan": ("CompressionPlan", "Step"),
     "layerwise.result": ("CompressionResult", "Measurement", "Proof"),
     "layerwise.scores": ("LayerScore", "Scores", "Status"),

@@ -76,3 +76,20 @@ def _joining(game: Game, order: list[int]) -> Tensor:
     """What each player adds on joining, (players, *worth)."""
     worths = torch.stack([game[s] for s in coalitions_along(order)])
     return worths.diff(dim=0)[torch.tensor(order).argsort()]
+
+
+def interactions(game: Game, players: int) -> dict[tuple[int, int], Tensor]:
+    """The Shapley interaction index of every pair (Grabisch & Roubens 1999): worth that only comes when both are there.
+
+    The mean over coalitions S without the pair of v(S + a + b) − v(S + a) − v(S + b) + v(S), every size of S weighing the same.
+    """
+    found = {}
+    for a, b in itertools.combinations(range(players), 2):
+        others = [p for p in range(players) if p not in (a, b)]
+        total = torch.zeros_like(game[frozenset()])
+        for size in range(len(others) + 1):
+            for rest in map(frozenset, itertools.combinations(others, size)):
+                joint = game[rest | {a, b}] - game[rest | {a}] - game[rest | {b}] + game[rest]
+                total = total + joint / ((players - 1) * math.comb(players - 2, size))
+        found[a, b] = total
+    return found
