@@ -7,8 +7,9 @@ parameter gradients are formed at each module from its input and output gradient
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +38,10 @@ class Glimpse:
 
 @dataclass
 class Seen:
-    """One batch as the sweep saw it; lists are indexed by layer. `gradients` are of the summed loss; None where none flowed."""
+    """One batch as the sweep saw it; lists are indexed by layer. `gradients` are of the summed loss; None where none flowed.
+
+    What enters a layer and what left the one before may be one tensor: nobody writes into either.
+    """
 
     layers: Sequence[Layer]
     batch: Batch
@@ -235,35 +239,65 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.grad = grad
 
 
-@contextmanager
-def watched(model: UniversalModel, batch: Batch, backward: bool) -> Iterator[Seen]:
-    """Fills a `Seen` while the model runs. With `backward`, each stream that no gradient would reach is made to need one.
+def copied(tensor: Tensor) -> Tensor:
+    """What a `Seen` holds of a tensor that the model goes on to use: a copy, because later modules may write into it."""
+    return tensor.detach().clone()
 
-    Where samples mix, the gradient of a sum of losses is no sample's own: streams then have none, and neither have sites.
+
+class Copies:
+    """What is kept of the streams. What one layer gives and the next takes as it is, is kept once, for both."""
+
+    def __init__(self, keep: Callable[[Tensor], Tensor]) -> None:
+        self.keep = keep
+        # weak, because a hook that held a stream would hold the graph that holds it
+        self.last: Callable[[], Tensor | None] = lambda: None
+        self.version = 0
+        self.copy: Tensor | None = None
+
+    def leaving(self, stream: Tensor) -> Tensor:
+        copy = self.keep(stream)
+        if not stream.is_inference():  # such a tensor does not tell whether it was written into
+            self.last, self.version, self.copy = weakref.ref(stream), stream._version, copy
+        return copy
+
+    def entering(self, stream: Tensor) -> Tensor:
+        if self.copy is not None and self.last() is stream and stream._version == self.version:
+            return self.copy
+        return self.keep(stream)
+
+
+@contextmanager
+def watched(model: UniversalModel, batch: Batch, backward: bool, keep: Callable[[Tensor], Tensor] = copied) -> Iterator[Seen]:
+    """Fills a `Seen` while the model runs, with what `keep` makes of each tensor, by sample.
+
+    With `backward`, each stream that no gradient would reach is made to need one. Where samples mix, the gradient of a sum of
+    losses is no sample's own: streams then have none, and neither have sites.
     """
     count, mixed = len(model.layers), batch.layout is not None and batch.layout.mixes
     seen = Seen(model.layers, batch, [None] * count, [None] * count, [None] * count)
+    copies = Copies(lambda stream: batch.by_sample(keep(stream)))
     with ExitStack() as stack:
         for layer in model.layers:
             if layer.stream is None:
                 continue
-            stack.callback(layer.module.register_forward_pre_hook(_entering(layer, seen, backward), with_kwargs=True).remove)
-            stack.callback(layer.module.register_forward_hook(_noting(layer, seen), with_kwargs=True).remove)
+            enter, note = _entering(layer, seen, copies, backward), _noting(layer, seen, copies)
+            stack.callback(layer.module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(layer.module.register_forward_hook(note, with_kwargs=True).remove)
         for site in _by_site(model.layers):
-            look = _looking(site, seen.sites.setdefault(site, []), backward, mixed)
+            look = _looking(site, seen.sites.setdefault(site, []), keep, backward, mixed)
             attach = site.module.register_forward_pre_hook if site.entering else site.module.register_forward_hook
             stack.callback(attach(look, with_kwargs=True).remove)
         yield seen
     seen.settle()
 
 
-def _looking(site: Site, glimpses: list[Glimpse], backward: bool, mixed: bool) -> Any:
+def _looking(site: Site, glimpses: list[Glimpse], keep: Callable[[Tensor], Tensor], backward: bool, mixed: bool) -> Any:
     """A hook on what enters the site's module, or on what leaves it."""
 
     def look(module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
         tree = (args, kwargs) if site.entering else output
         tensor = trees.get(tree, site.path)
-        glimpse = Glimpse(tensor.detach().clone())  # cloned, because later modules may write into it
+        glimpse = Glimpse(keep(tensor))
         glimpses.append(glimpse)
         if not backward:
             return None
@@ -280,14 +314,14 @@ def _glimpsed(glimpse: Glimpse, gradient: Tensor) -> None:
     glimpse.gradient = gradient.detach()
 
 
-def _entering(layer: Layer, seen: Seen, backward: bool) -> Any:
+def _entering(layer: Layer, seen: Seen, copies: Copies, backward: bool) -> Any:
     assert layer.stream is not None
     path, i = layer.stream.enters, layer.index
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
         stream = trees.get((args, kwargs), path)
         if seen.entering[i] is None:  # a shared layer is seen from its first input to its last output
-            seen.entering[i] = seen.batch.by_sample(stream.detach().clone())  # cloned, because the block may write into its input
+            seen.entering[i] = copies.entering(stream)
         if stream.requires_grad or not backward:
             return None
         # cloned, so that a block which works in place does not meet a leaf
@@ -296,7 +330,7 @@ def _entering(layer: Layer, seen: Seen, backward: bool) -> Any:
     return enter
 
 
-def _noting(layer: Layer, seen: Seen) -> Any:
+def _noting(layer: Layer, seen: Seen, copies: Copies) -> Any:
     assert layer.stream is not None
     stream, i = layer.stream, layer.index
     # all that the hook may hold: through `seen.output` it would hold the graph that holds the hook
@@ -305,7 +339,7 @@ def _noting(layer: Layer, seen: Seen) -> Any:
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         leaving = trees.get(output, stream.leaves)
-        seen.leaving[i] = batch.by_sample(leaving.detach().clone())  # cloned, because later modules may write into it
+        seen.leaving[i] = copies.leaving(leaving)
         if leaving.requires_grad and not mixed:
             leaving.register_hook(lambda gradient: _keep(gradients, i, batch.by_sample(gradient)))
 

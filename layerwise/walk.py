@@ -23,7 +23,7 @@ from layerwise.data import Batch
 from layerwise.errors import UsageError, nearest
 from layerwise.model import UniversalModel
 from layerwise.structure import Layer
-from layerwise.sweep import Seen, frozen, watched
+from layerwise.sweep import Seen, copied, frozen, watched
 from layerwise.trace import evaluating, run, unfused
 
 Change = Callable[[Tensor], Tensor]
@@ -46,12 +46,18 @@ class Walk:
         return torch.Generator().manual_seed(self.seed)
 
     def forward(
-        self, batch: Batch, *, graph: bool = False, changes: Mapping[int, Change] | None = None, cut: Sequence[Layer] = ()
+        self,
+        batch: Batch,
+        *,
+        graph: bool = False,
+        changes: Mapping[int, Change] | None = None,
+        cut: Sequence[Layer] = (),
+        keep: Change = copied,
     ) -> Seen:
         """One forward; `changes` (index of a block → function) are made to the streams that enter blocks.
 
         With `graph`, `backward` may follow: parameters do not require gradients, each layer's stream does. It goes no further
-        than to what leaves the blocks in `cut`.
+        than to what leaves the blocks in `cut`. What is seen is what `keep` makes of it.
         """
         self.counts.forwards += 1
         with ExitStack() as stack:
@@ -60,7 +66,7 @@ class Walk:
             stack.enter_context(torch.set_grad_enabled(graph))
             stack.enter_context(frozen(self.model.module))
             stack.enter_context(entering_changed(self.model.blocks, changes or {}))
-            seen = stack.enter_context(watched(self.model, batch, graph))
+            seen = stack.enter_context(watched(self.model, batch, graph, keep))
             stack.enter_context(cut_before(cut))
             seen.output = batch.by_sample(self.model.read(run(self.model.module, batch)))
         return seen

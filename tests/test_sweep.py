@@ -12,7 +12,7 @@ from layerwise.analyzer import Signal, Statistic
 from layerwise.analyzers.gradient_based import BranchTaylor
 from layerwise.data import Batch
 from layerwise.model import UniversalModel
-from layerwise.sweep import Seen, Sweep
+from layerwise.sweep import Seen, Sweep, watched
 from layerwise.task import Classification
 from tests.models import CASES, Case, images, vectors
 from tests.replicas import same_state, sample_gradients, state_of
@@ -154,6 +154,34 @@ def test_an_observer_of_activations_costs_no_backward() -> None:
     for layer in model.layers:
         assert torch.equal(watcher.seen.entering[layer.index], expected[layer.name][0])
         assert torch.equal(watcher.seen.leaving[layer.index], expected[layer.name][1])
+
+
+def test_a_stream_that_goes_on_as_it_is_is_kept_once_and_one_that_is_written_into_is_not() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for i, block in enumerate(self.blocks):
+                x = block(x)
+                if i == 1:
+                    x[:, 0] = 5.0  # after the block, through a view
+                if i == 2:
+                    x = x * 2
+            return self.head(x)
+
+    model = UniversalModel(Writes(), task=Classification(), example=vectors()(2))
+    with torch.no_grad(), watched(model, vectors()(4), backward=False) as seen:
+        model.module(*vectors()(4).args)
+    entering, leaving = seen.entering, seen.leaving
+    assert entering[1] is leaving[0]
+    for i in (1, 2):
+        assert entering[i + 1] is not leaving[i]
+    assert bool((entering[2][:, 0] == 5.0).all())  # type: ignore[index]  # seen above
+    assert not bool((leaving[1][:, 0] == 5.0).any())  # type: ignore[index]
+    torch.testing.assert_close(entering[3], leaving[2] * 2)  # type: ignore[operator]
 
 
 def test_output_gradients_are_those_of_the_summed_loss() -> None:
