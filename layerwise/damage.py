@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from layerwise.counts import Counts
 from layerwise.data import Data
@@ -34,7 +34,20 @@ def evaluate_skips(
             evaluation.add(output, replay.batch, replay.output)
         if progress is not None:
             progress(index + 1, total)
+    _act(model, data, found)
     return found
+
+
+def _act(model: UniversalModel, data: Data, found: Mapping[LayerSet, Evaluation]) -> None:
+    """The whole model acts where the task asks it; with layers skipped only if that is what the task is judged by."""
+    assert model.task is not None  # settled by evaluate_skips
+    whole = model.task.acted(model, data)
+    for chosen, evaluation in found.items():
+        if not chosen:
+            evaluation.acted = whole
+        elif model.task.quality in whole:
+            with model.skipping(chosen):
+                evaluation.acted = model.task.acted(model, data)
 
 
 def removal_curve(

@@ -11,19 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerwise.data import Batch
+from layerwise.jackknife import jackknifed
 from layerwise.moments import Moments
 from layerwise.task import Task
-
-GROUPS = 20  # of the jackknife: each costs the metrics of the whole set once
+from layerwise.tasks._contract import Acted
 
 
 @dataclass
 class Evaluation:
-    """Sums per metric, and the evidence of every sample; `means` and `stderr` can be read at any time."""
+    """Sums per metric, the evidence of every sample, and what the model did when it acted itself.
+
+    `means` and `stderr` can be read at any time.
+    """
 
     task: Task
     sums: dict[str, Moments] = field(default_factory=dict)
     evidence: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
+    acted: Acted = field(default_factory=dict)
     _known: dict[str, dict[str, float]] = field(default_factory=dict, repr=False)  # what was computed since the last batch
 
     def add(self, output: Tensor, batch: Batch, reference: Tensor | None) -> None:
@@ -45,13 +49,12 @@ class Evaluation:
             means = {metric: m.score(0).value for metric, m in self.sums.items()}
             overall = self.task.overall(self._gathered()) if self.evidence else {}
             self._known["means"] = means | self.task.derived(means) | overall
-        return dict(self._known["means"])
+        return self._known["means"] | {metric: value for metric, (value, _) in self.acted.items()}
 
     def stderr(self) -> dict[str, float]:
         """Metric → standard error.
 
-        Of a derived metric it is the change that one standard error of the loss makes, of an overall one the jackknife's over
-        20 groups of samples (or as many as there are samples).
+        Of a derived metric it is the change that one standard error of the loss makes, of an overall one the jackknife's.
         """
         if "stderr" not in self._known:
             errors = {metric: m.score(0).stderr for metric, m in self.sums.items()}
@@ -60,21 +63,15 @@ class Evaluation:
                 moved = self.task.derived(means | {"loss": means["loss"] + errors["loss"]})
                 errors |= {metric: abs(moved[metric] - value) for metric, value in self.task.derived(means).items()}
             self._known["stderr"] = errors | (self._jackknifed() if self.evidence else {})
-        return dict(self._known["stderr"])
+        return self._known["stderr"] | {metric: error for metric, (_, error) in self.acted.items()}
 
     def _gathered(self) -> dict[str, Tensor]:
         return {name: joined(parts) for name, parts in self.evidence.items()}
 
     def _jackknifed(self) -> dict[str, float]:
-        """Groups are every G-th sample; leaving each out in turn shows how much the metric depends on who was drawn."""
         evidence = self._gathered()
-        rows = max(len(x) for x in evidence.values())
-        groups = min(GROUPS, rows)
-        if groups < 2:
-            return dict.fromkeys(self.task.overall(evidence), math.nan)
-        number = torch.arange(rows) % groups
-        found = [self.task.overall(_rows(evidence, number != g)) for g in range(groups)]
-        return {metric: _spread([f[metric] for f in found]) for metric in found[0]}
+        units = evidence.get("unit", torch.arange(len(next(iter(evidence.values())))))
+        return jackknifed(units, lambda kept: self.task.overall(_rows(evidence, kept)))
 
 
 def joined(parts: list[Tensor]) -> Tensor:
@@ -91,9 +88,3 @@ def _padding(part: Tensor, widths: list[int]) -> list[int]:
 
 def _rows(evidence: Mapping[str, Tensor], kept: Tensor) -> dict[str, Tensor]:
     return {name: rows[kept.to(rows.device)] for name, rows in evidence.items()}
-
-
-def _spread(values: list[float]) -> float:
-    """√((G−1)/G · Σ (θ_g − mean)²); NaN where the metric is not defined without some group."""
-    mean = sum(values) / len(values)
-    return math.sqrt((len(values) - 1) / len(values) * sum((v - mean) ** 2 for v in values))

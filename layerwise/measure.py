@@ -104,6 +104,7 @@ def evaluate(
         evaluation.add(output, here, output if reference is None or reference is model else reference.predict(here))
         if progress:
             progress(done, len(data))
+    evaluation.acted = task.acted(model, data)
     return evaluation
 
 

@@ -57,10 +57,10 @@ STRATEGIES = {
         ("ndcg", "recall", "precision", "auc"),
     ),
     TaskType.RETRIEVAL: Strategy(
-        ("layer_correlation", "mutual_information", "layer_ablation"), "upper_half", ("recall", "mrr", "ndcg", "map")
+        ("layer_correlation", "mutual_information", "layer_ablation"), "upper_half", ("recall_at_1", "recall_at_10", "mrr")
     ),
     TaskType.DETECTION: Strategy(
-        ("layer_ablation", "gradient_based", "neuron_activation"), "stage_ends", ("map", "map_50", "recall")
+        ("layer_ablation", "gradient_based", "neuron_activation"), "stage_ends", ("map", "map_50", "mar_100")
     ),
     TaskType.SEGMENTATION: Strategy(
         ("layer_ablation", "layer_correlation", "gradient_based"), "stage_ends", ("mean_iou", "pixel_accuracy", "dice")
@@ -69,7 +69,7 @@ STRATEGIES = {
         ("attention_analysis", "layer_ablation", "gradient_flow"), "encoder_decoder", ("bleu", "chrf", "ter")
     ),
     TaskType.SUMMARIZATION: Strategy(
-        ("attention_analysis", "layer_ablation", "information_bottleneck"), "encoder_decoder", ("rouge", "bert_score")
+        ("attention_analysis", "layer_ablation", "information_bottleneck"), "encoder_decoder", ("rouge", "rouge_1", "rouge_2")
     ),
     TaskType.QA: Strategy(("attention_analysis", "causal_analysis", "gradient_based"), "upper_half", ("exact_match", "f1_score")),
     TaskType.REINFORCEMENT_LEARNING: Strategy(

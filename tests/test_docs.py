@@ -16,6 +16,7 @@ from layerwise.analyzer import ANALYZERS
 from layerwise.artifact import EXPORTERS
 from layerwise.method import METHODS
 from layerwise.metric import METRICS
+from layerwise.strategy import STRATEGIES, TaskType
 from layerwise.task import TASKS
 from tests.conftest import ROOT
 
@@ -88,6 +89,14 @@ def test_each_tasks_example_runs_and_shows_metrics_that_are_known(
         assert said is not None
         assert set(shown["report"].metrics) == set(said[1].split(", "))
         assert set(shown["report"].metrics) <= set(METRICS)
+        if name in list(TaskType):  # what the strategy says such a task is judged by is measured
+            assert set(STRATEGIES[TaskType(name)].metrics) <= set(shown["report"].metrics)
+
+
+@pytest.mark.parametrize("task_type", TaskType)
+def test_each_of_the_ten_types_has_an_example_that_shows_its_metrics(task_type: TaskType) -> None:
+    section = text_of("docs/tasks.md").split(f"## `{task_type}`\n")[1].split("\n## ")[0]
+    assert "report.metrics  # " in section
 
 
 def test_the_page_of_speed_and_scale_is_the_one_made_from_the_committed_results() -> None:

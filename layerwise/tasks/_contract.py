@@ -18,11 +18,13 @@ from torch import Tensor
 
 from layerwise.data import Batch, Data
 from layerwise.registry import Registry
+from layerwise.spec import built
 
 if TYPE_CHECKING:
     from layerwise.model import UniversalModel
 
 Figures = dict[str, tuple[Tensor, Tensor]]  # metric → (values, weights), each of shape (samples,)
+Acted = Mapping[str, tuple[float, float]]  # metric → value and standard error
 Evidence = Mapping[str, Tensor]  # name → (samples, …); rows in the order of the data
 
 
@@ -63,15 +65,18 @@ class Task(ABC):
         return None
 
     def evidence(self, output: Tensor, batch: Batch) -> Evidence:
-        """What `overall` is made from: tensors with one row per sample, of the same width in every batch or padded to it."""
+        """What `overall` is made from: one row per sample; narrower batches are padded (with NaN, whole numbers with −1).
+
+        ``unit`` (samples,) numbers what was drawn where that is not the sample (the user, say): errors leave out whole units.
+        """
         return {}
 
     def overall(self, evidence: Evidence) -> dict[str, float]:
         """Metrics of a whole data set that are no means over samples, such as F1; NaN where one is not defined."""
         return {}
 
-    def acted(self, model: UniversalModel, data: Data) -> dict[str, float]:
-        """Metrics for which `model` must act itself, such as the return of a policy: measured once per model, not per batch."""
+    def acted(self, model: UniversalModel, data: Data) -> Acted:
+        """Metrics for which `model` must act itself, such as the return of a policy: once per model, not per batch."""
         return {}
 
 
@@ -79,8 +84,11 @@ TASKS: Registry[Task] = Registry("task", "layerwise.tasks")
 
 
 def task_named(name: str) -> Task:
-    """The task called `name`, with its defaults. Raises `UsageError` with the nearest name."""
-    return TASKS[name]()
+    """The task that `name` stands for, alone or with settings, as in ``segmentation(ignored=0)``.
+
+    Raises `UsageError` with the nearest name of a task or a setting.
+    """
+    return built(TASKS, name)
 
 
 def token_ids(batch: Batch) -> Tensor | None:

@@ -27,13 +27,18 @@ QUALITY = {
     "classification": "accuracy",
     "detection": "map",
     "fidelity": "divergence",
+    "generation": "perplexity",
     "language_modelling": "perplexity",
     "multi_label": "auc",
     "question_answering": "f1_score",
+    "recommendation": "ndcg",
     "regression": "rmse",
+    "reinforcement_learning": "mean_return",
     "retrieval": "mrr",
     "segmentation": "mean_iou",
+    "summarization": "perplexity",
     "token_classification": "accuracy",
+    "translation": "perplexity",
 }
 PREFERRED = (
     "accuracy", "f1", "f1_score", "auc", "ndcg", "map", "miou", "recall", "precision", "bleu", "rouge", "agreement",

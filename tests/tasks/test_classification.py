@@ -7,7 +7,7 @@ import torch
 from sklearn.metrics import f1_score, precision_score, recall_score
 
 from layerwise.data import Batch
-from layerwise.evaluation import GROUPS
+from layerwise.jackknife import GROUPS
 from layerwise.task import Classification
 from tests.tasks.splitting import SPLITS, evaluated
 

@@ -9,6 +9,7 @@ import pytest
 from layerwise.errors import UsageError
 from layerwise.metric import METRICS
 from layerwise.report.words import CHINESE, ENGLISH
+from layerwise.strategy import TaskType
 from layerwise.target import Target
 from layerwise.task import TASKS, task_named
 from layerwise.tracking.leaderboard import QUALITY, lower_is_better
@@ -27,6 +28,11 @@ def test_reports_targets_and_the_leaderboard_know_what_a_task_is_judged_by(name:
     task = TASKS[name]
     assert QUALITY[name] == task.quality
     assert METRICS[task.quality].higher_is_better == task.higher_is_better
+
+
+@pytest.mark.parametrize("task_type", TaskType)
+def test_each_of_the_ten_types_is_a_task(task_type: TaskType) -> None:
+    assert task_named(task_type).name == task_type.value
 
 
 @pytest.mark.parametrize("metric", METRICS)
