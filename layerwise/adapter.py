@@ -16,6 +16,7 @@ from layerwise import trees
 from layerwise.data import Batch, Row
 from layerwise.errors import UsageError, UserModelError
 from layerwise.registry import Registry
+from layerwise.source import Source
 from layerwise.task import Fidelity, Task, suited_task
 
 PREFERRED = ("logits", "pred_logits", "text_embeds", "pooler_output", "last_hidden_state")
@@ -90,6 +91,14 @@ class ModalityAdapter(ABC):
         """
         reads = f"The model reads {self.modality} only"
         raise UsageError(f"{reads}: nothing can be left out.", remedy="Give a model that reads several modalities.")
+
+    def source(self, module: nn.Module) -> Source | None:
+        """How the class of `module` can be built again in another process, where the module says so itself; else None."""
+        return None
+
+    def remarks(self, module: nn.Module, batch: Batch) -> tuple[str, ...]:
+        """What the module can say of its own layers on a batch, in words, for the notes of a report; mostly nothing."""
+        return ()
 
     def save(self, folder: Path) -> None:
         """Writes what `of(module, folder)` needs to come back (tokenizer, transform); nothing by default."""

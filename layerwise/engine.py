@@ -232,12 +232,17 @@ def _report(
         data=data.name if data else "",
         layers=layers,
         scores=scores,
-        notes=(*model.notes, *seen.notes, *(data.notes if data else ())),
+        notes=(*model.notes, *seen.notes, *(data.notes if data else ()), *_remarks(model, data)),
         fingerprint=model.fingerprint,
         domain=model.domain,
         seed=seed,
         device=str(model.device),
     )
+
+
+def _remarks(model: UniversalModel, data: Data | None) -> tuple[str, ...]:
+    """What the model says of its own layers on the first batch."""
+    return () if data is None else model.adapter.remarks(model.module, data[0].to(model.device))
 
 
 def _with_curve(report: ImportanceReport, model: UniversalModel, data: Data, progress: Progress | None) -> ImportanceReport:

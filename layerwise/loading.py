@@ -51,6 +51,7 @@ def load(
         model = spec_or_module.around(spec_or_module.module, source=spec_or_module.source)
     elif isinstance(spec_or_module, nn.Module):
         model = UniversalModel(_with_weights(spec_or_module, weights))
+        model.source = model.adapter.source(model.module)
     else:
         model = _from_spec(str(spec_or_module), weights)
     if device is not None:

@@ -15,10 +15,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from layerwise.data import Batch
@@ -204,11 +204,12 @@ class _Branch:
             return "convolution"
         return "mlp" if len(self.matrices) > 1 else "linear"
 
-    def place(self) -> tuple[str, nn.Module]:
-        """The smallest module that holds the branch's matrices and no others; else the block and the branch's kind."""
-        parts = [use.name.split(".")[:-1] for use in self.matrices]
+    def place(self, common: Container[str] = ()) -> tuple[str, nn.Module]:
+        """The smallest module that holds the branch's matrices (those in `common` apart) and no others; else block and kind."""
+        matrices = [use for use in self.matrices if use.name not in common]
+        parts = [use.name.split(".")[:-1] for use in matrices]
         same = [keys[0] for keys in itertools.takewhile(lambda keys: len(set(keys)) == 1, zip(*parts, strict=False))]
-        block, own = self.block.layer, {use.name for use in self.matrices}
+        block, own = self.block.layer, {use.name for use in matrices}
         path = ".".join(same)
         module = self.block.root.get_submodule(path)
         inside = {f"{path}.{name}" for name, p in module.named_parameters() if p.dim() > 1}
@@ -221,15 +222,38 @@ def _sublayers(block: _Opened, found: Found) -> Iterator[Layer]:
     names: Counter[str] = Counter()
     if not block.branches:
         found.missed["No residual branch was found in"].append(block.layer.name)
+    common = _common(block.branches)
+    yield from _shared(block, common, found)
     for branch in block.branches:
-        name, module = branch.place()
+        name, module = branch.place(common)
         site = block.site(branch.end)
         if site is None:
             found.missed["No module gives what the residual branch adds, so it is no sublayer of its own:"].append(name)
             continue
         names[name] += 1
         unique = name if names[name] == 1 else f"{name}{names[name]}"
-        yield block.unit("sublayer", unique, module, site, branch.kind, [Share(u.name, u.parameter) for u in branch.uses])
+        own = [Share(u.name, u.parameter) for u in branch.uses if u.name not in common]
+        yield block.unit("sublayer", unique, module, site, branch.kind, own)
+
+
+def _common(branches: Sequence[_Branch]) -> dict[str, Tensor]:
+    """The matrices that several branches of one block read: no branch's own."""
+    times = Counter(name for branch in branches for name in {use.name for use in branch.matrices})
+    return {use.name: use.parameter for b in branches for use in b.matrices if times[use.name] > 1}
+
+
+def _shared(block: _Opened, common: Mapping[str, Tensor], found: Found) -> Iterator[Layer]:
+    """What several branches read through: the module that owns their common matrices, silenced in all its calls."""
+    owners: dict[str, list[Share]] = defaultdict(list)
+    for name, parameter in common.items():
+        owners[name.rpartition(".")[0]].append(Share(name, parameter))
+    for name, shares in owners.items():
+        module = block.root.get_submodule(name)
+        visit = next((v for v in block.visits if v.module is module and v.gives), None)
+        if visit is None or module in block.foreign:
+            found.missed["No module of the block's own gives what its branches share:"].append(name)
+            continue
+        yield block.unit("sublayer", name, module, Site(module, visit.gives[0][0]), "linear", shares)
 
 
 def _heads(block: _Opened, found: Found) -> Iterator[Layer]:
@@ -261,8 +285,10 @@ def _channels(block: _Opened, found: Found) -> Iterator[Layer]:
 
 def _hidden(block: _Opened, found: Found) -> Iterator[Layer]:
     """The hidden units of the feed-forward branches."""
+    common = _common(block.branches)
     for branch in block.branches:
-        linear = [s for s in branch.steps if s.name in MATRIX and any(u.parameter.dim() == 2 for u in s.uses)]
+        own = [{u.name for u in s.uses if u.parameter.dim() == 2} - set(common) for s in branch.steps]
+        linear = [s for s, names in zip(branch.steps, own, strict=True) if s.name in MATRIX and names]
         if branch.kind == "attention" or len(linear) < 2:
             continue
         step = linear[-1]

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 SPARE = 64  # tokens of room beyond a quarter of what is held
+
+
+@runtime_checkable
+class Caching(Protocol):
+    """A block that remembers tokens; what stands in the place of a dropped one does not."""
+
+    def new_cache(self) -> VeinCache: ...
 
 
 class VeinCache:
@@ -66,36 +74,36 @@ class VeinCache:
 
 @dataclass
 class VFTCache:
-    """A model's: one cache per layer, and which of the tokens count, (B, length), None where all do."""
+    """A model's: one cache per layer (None for a dropped one), how many tokens were seen, and which of them count.
 
-    layers: list[VeinCache]
-    keep: Tensor | None = field(default=None)
+    `keep` is (B, length), None where all count.
+    """
 
-    @property
-    def length(self) -> int:
-        """Tokens seen."""
-        return self.layers[0].length
+    layers: list[VeinCache | None]
+    length: int = 0
+    keep: Tensor | None = None
 
     @property
     def floats(self) -> int:
         """Numbers held by all layers."""
-        return sum(layer.floats for layer in self.layers)
+        return sum(layer.floats for layer in self.layers if layer is not None)
 
-    def see(self, rows: int, tokens: int, mask: Tensor | None, device: torch.device) -> Tensor | None:
-        """Adds the new tokens' mask, and gives that of all."""
+    def see(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Counts the new tokens x (B, T, d), adds their mask, and gives that of all."""
+        before, self.length = self.length, self.length + x.shape[1]
         if self.keep is None and mask is None:
             return None
-        before = self.keep if self.keep is not None else torch.ones(rows, self.length, dtype=torch.bool, device=device)
-        new = mask.bool() if mask is not None else torch.ones(rows, tokens, dtype=torch.bool, device=device)
-        self.keep = torch.cat((before, new), 1)
+        old = self.keep if self.keep is not None else torch.ones(len(x), before, dtype=torch.bool, device=x.device)
+        new = mask.bool() if mask is not None else torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        self.keep = torch.cat((old, new), 1)
         return self.keep
 
     def reorder_(self, order: Tensor) -> None:
         """Row i of every layer becomes what row ``order[i]`` was."""
-        for layer in self.layers:
+        for layer in (x for x in self.layers if x is not None):
             layer.reorder_(order)
         if self.keep is not None:
             self.keep = self.keep.index_select(0, order)
 
 
-__all__ = ["VFTCache", "VeinCache"]
+__all__ = ["Caching", "VFTCache", "VeinCache"]

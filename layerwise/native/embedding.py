@@ -49,12 +49,12 @@ class VFTEmbedding(nn.Module):
             return self.patches(patched(given, self.settings.image[3]))  # type: ignore[misc]  # there where the modality is
         return self.frames(given) if name == "audio" else self.tokens(given)  # type: ignore[misc]
 
-    def placed(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x with the vectors of its positions ((T,) or (B, T)); past the last one is an error (LW-D40), not a wrap."""
+    def placed(self, x: Tensor, positions: Tensor, total: int) -> Tensor:
+        """x with the vectors of its positions ((T,) or (B, T)). Raises `UserModelError` LW-D40 for too many tokens."""
         if self.places is None:
             return x
-        if x.shape[1] > self.places.num_embeddings:
-            what = f"{x.shape[1]} tokens are more than the model's {self.places.num_embeddings} positions."
+        if total > self.places.num_embeddings:
+            what = f"{total} tokens are more than the model's {self.places.num_embeddings} positions."
             raise UserModelError(what, remedy="Shorten the input, or build the model with more max_positions.", code="LW-D40")
         return x + self.places(positions)
 

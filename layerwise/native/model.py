@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import UsageError
 from layerwise.native.block import VeinStatistics, VFTBlock
-from layerwise.native.cache import VFTCache
+from layerwise.native.cache import Caching, VFTCache
 from layerwise.native.embedding import VFTEmbedding
 from layerwise.native.settings import VFTSettings
 
@@ -36,17 +36,18 @@ class VFTModel(nn.Module):
         cache: VFTCache | None = None,
         statistics: list[VeinStatistics] | None = None,
     ) -> Tensor:
-        """Token numbers (B, T), images (B, C, H, W), frames (B, T, F) → logits or hidden states.
+        """Token numbers (B, T), images (B, C, H, W), frames (B, T, F) → logits (of the text) or hidden states.
 
         `attention_mask` (B, T) is 1 for what counts: of all tokens, or of all but the patches (an image has no padding). With a
         `cache` (`new_cache`) the inputs are those that follow what it has seen. `statistics` gets one entry per block.
         """
         x = self.embedding(input_ids, images, frames)
-        hidden = self.hidden(x, self._mask(x, attention_mask), cache, statistics)
+        hidden = self.hidden(x, self.full_mask(x, attention_mask), cache, statistics)
         if self.head is not None:
-            return self.head(self._pooled(hidden, self._mask(x, attention_mask)))
-        lm = self.settings.causal and self.settings.vocab_size and input_ids is not None
-        return self.embedding.logits(hidden) if lm else hidden
+            return self.head(self._pooled(hidden, self.full_mask(x, attention_mask)))
+        if input_ids is None or not (self.settings.causal and self.settings.vocab_size):
+            return hidden
+        return self.embedding.logits(hidden[:, -input_ids.shape[1] :])  # text stands last
 
     def hidden(
         self,
@@ -56,26 +57,18 @@ class VFTModel(nn.Module):
         statistics: list[VeinStatistics] | None = None,
     ) -> Tensor:
         """Embedded tokens (B, T, d) → (B, T, d), with positions, blocks and the last norm. `mask` (B, T): True counts."""
-        B, T, _ = x.shape
-        seen = 0 if cache is None else cache.length
-        keep = mask if cache is None else cache.see(B, T, mask, x.device)
-        positions = (
-            torch.arange(seen + T, device=x.device) if keep is None else (keep.long().cumsum(1) - 1).clamp_min(0)
-        )  # fmt: skip
-        x = self.embedding.placed(x, positions[..., -T:])
+        T = x.shape[1]
+        keep = mask if cache is None else cache.see(x, mask)
+        total = T if cache is None else cache.length
+        positions = torch.arange(total, device=x.device) if keep is None else (keep.long().cumsum(1) - 1).clamp_min(0)
+        x = self.embedding.placed(x, positions[..., -T:], total)
+        reading: dict[str, Any] = {"key_padding": keep, "is_causal": self.settings.causal, "positions": positions}
         for i, block in enumerate(self.blocks):
-            layer = None if cache is None else cache.layers[i]
-            x = block(
-                x,
-                cache=layer,
-                statistics=statistics,
-                key_padding=keep,
-                is_causal=self.settings.causal,
-                positions=positions,
-            )
+            x = block(x, cache=None if cache is None else cache.layers[i], statistics=statistics, **reading)
         return self.norm(x)
 
-    def _mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+    def full_mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The mask of all tokens x, (B, T) boolean, from one of all or of all but the patches."""
         if mask is None or mask.shape[1] == x.shape[1]:
             return None if mask is None else mask.bool()
         patches = torch.ones(len(mask), x.shape[1] - mask.shape[1], dtype=torch.bool, device=mask.device)
@@ -97,14 +90,15 @@ class VFTModel(nn.Module):
         """An empty cache. Raises `UsageError` for a model that is not causal: its first tokens must see the later ones."""
         if not self.settings.causal:
             raise UsageError("Only a causal model can go on from a cache.", remedy="Build it with causal=True.")
-        return VFTCache([block.new_cache() for block in self._stack()])
+        return VFTCache([block.new_cache() if isinstance(block, Caching) else None for block in self.blocks])
 
-    def _stack(self) -> list[VFTBlock]:
-        return list(self.blocks)  # type: ignore[arg-type]  # a ModuleList does not say of what
+    def stack(self) -> dict[str, VFTBlock]:
+        """Dotted path → block, those that were dropped left out."""
+        return {f"blocks.{i}": block for i, block in enumerate(self.blocks) if isinstance(block, VFTBlock)}
 
     def penalty(self, weight: float = 1e-3) -> Tensor:
         """λ Σ ‖VU − I‖²_F over the blocks, a scalar to add to the training loss."""
-        return torch.stack([block.projector.penalty(weight) for block in self._stack()]).sum()
+        return torch.stack([block.projector.penalty(weight) for block in self.stack().values()]).sum()
 
     @torch.no_grad()
     def statistics(self, *inputs: Any, **named: Any) -> list[VeinStatistics]:
@@ -132,11 +126,11 @@ class VFTModel(nn.Module):
         return save_pretrained(self, folder)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> VFTModel:
+    def from_pretrained(cls, folder: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None) -> VFTModel:
         """See `layerwise.native.saving`."""
         from layerwise.native.saving import from_pretrained
 
-        return from_pretrained(folder)
+        return from_pretrained(folder, weights)
 
 
 __all__ = ["VFTModel"]

@@ -34,17 +34,20 @@ def save_pretrained(model: VFTModel, folder: str | os.PathLike[str]) -> Path:
     return Path(folder)
 
 
-def from_pretrained(folder: str | os.PathLike[str]) -> VFTModel:
-    """The model of a folder, in eval mode. Raises `ModelFormatError` for a configuration or weights of something else."""
+def from_pretrained(folder: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None) -> VFTModel:
+    """The model of a folder (with other `weights`, if given), in eval mode.
+
+    Raises `ModelFormatError` for a configuration or weights of something else.
+    """
     path = Path(folder) / "config.json"
     config = _config(path)
     if config.get("model_type") != MODEL_TYPE:
         what = f"describes a {config.get('model_type')!r}, not a {MODEL_TYPE!r}."
         raise ModelFormatError(what, place=str(path.absolute()), remedy="Load it with layerwise.load.")
     model = VFTModel(VFTSettings.of({f.name: config[f.name] for f in fields(VFTSettings) if f.name in config}))
-    tensors = {name.removeprefix("vft."): t for name, t in read_weights(Path(folder)).items()}
+    tensors = {name.removeprefix("vft."): t for name, t in read_weights(Path(weights or folder)).items()}
     model.to(next(iter(tensors.values())).dtype)
-    load_into(model, tensors, source=str(Path(folder).absolute()))
+    load_into(model, tensors, source=str(Path(weights or folder).absolute()))
     return model.eval()
 
 

@@ -24,6 +24,7 @@ from layerwise.sources._parts import FRESH, seeded, with_options
 from layerwise.weights import read_weights
 from layerwise.weights.problems import bad, listed
 
+MODEL_TYPE = "vft"  # of layerwise.native.saving, which is imported only for such a folder
 WEIGHTS = ("*.safetensors", "*.index.json", "*.bin")
 NEEDED = ("*.json", "*.safetensors", "*.txt", "*.model")
 
@@ -38,6 +39,8 @@ class HuggingFaceSource(ModelSource):
         if options.keys() - {"random"}:
             raise UsageError(f"hf: does not know the option {min(options.keys() - {'random'})!r}.", remedy="Known: random.")
         folder = _folder(plain)
+        if _is_native(folder):
+            return _native(folder, weights)
         config = _config(folder)
         architecture = _architecture(config, folder)
         config.use_cache = False  # a cache would be one more output that grows, which neither replay nor export needs
@@ -85,6 +88,21 @@ def _folder(name: str) -> Path:
         what = f"The model {name!r} is neither a folder here, nor in the local cache, nor could it be fetched."
         remedy = f"Download it where there is a network, and give hf:DIR. Looked for {path.absolute()}."
         raise UsageError(what, remedy=remedy, code="LW-C04") from error
+
+
+def _is_native(folder: Path) -> bool:
+    """Whether the folder holds a model of `layerwise.native`, which needs no class of transformers."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == MODEL_TYPE
+    except (OSError, ValueError, KeyError, TypeError):  # what is wrong with it, the next reader says
+        return False
+
+
+def _native(folder: Path, weights: str | Path | None) -> Opened:
+    from layerwise.native import VFTModel
+
+    module = VFTModel.from_pretrained(folder, weights)
+    return Opened(module, Source("py", "layerwise.native:VFTModel", module.settings.to_dict()), folder)
 
 
 def _config(folder: Path) -> Any:

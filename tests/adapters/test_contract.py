@@ -18,6 +18,7 @@ from torch import nn
 from layerwise.adapter import ADAPTERS, adapter_for
 from layerwise.errors import DataError
 from layerwise.model import UniversalModel
+from layerwise.native import VFTModel
 from layerwise.rows import Record
 from tests.graphs import Convolutions
 from tests.tables import Described
@@ -55,6 +56,11 @@ def vit() -> nn.Module:
     return timm.create_model("vit_tiny_patch16_224", img_size=8, patch_size=2, embed_dim=16, depth=2, num_heads=2, num_classes=3)
 
 
+def native() -> nn.Module:
+    sizes: dict[str, Any] = {"d_model": 16, "n_layers": 2, "n_heads": 2, "rank": 4, "max_positions": 16}
+    return VFTModel(**sizes, vocab_size=9, image=(1, 4, 4, 2), classes=3)
+
+
 def plain() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
 
@@ -63,6 +69,9 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
 TABLE = table()
 CLIP = np.random.default_rng(1).normal(0, 0.1, 900).astype(np.float32)
 CASES = {
+    "native": Case(
+        native, [{"input_ids": [5, 6, 7], "image": PIXELS, "label": 1}, {"input_ids": [8], "image": PIXELS, "label": 0}]
+    ),
     "audio": Case(
         wav2vec2, [{"audio": CLIP, "sample_rate": 16000, "label": 1}, {"audio": CLIP[:500], "sample_rate": 16000, "label": 0}]
     ),

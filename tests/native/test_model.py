@@ -131,6 +131,16 @@ def test_generation_ends_where_every_row_has_ended() -> None:
     assert made.generate(ids(1, 3), 6, end=first).shape == (1, 4)
 
 
+def test_a_model_goes_on_without_a_dropped_block() -> None:
+    made = model(**TEXT, causal=True)
+    made.blocks[0] = torch.nn.Identity()
+    made.blocks[0].forward = lambda x, **_: x
+    full, cache = made(ids()), made.new_cache()
+    parts = [made(ids()[:, i : i + 1], cache=cache) for i in range(9)]
+    torch.testing.assert_close(torch.cat(parts, 1), full)
+    assert list(made.stack()) == ["blocks.1"]
+
+
 def test_beams_are_reordered() -> None:
     made, order = model(**TEXT, causal=True), torch.tensor([1, 0])
     cache = made.new_cache()
@@ -201,3 +211,5 @@ def test_wrong_use_is_refused_in_words() -> None:
         model(**TEXT)(frames=torch.randn(1, 2, 3).double())
     with pytest.raises(UserModelError, match="16 positions"):
         model(**TEXT)(ids(1, 17))
+    with pytest.raises(UserModelError, match="16 positions"):
+        model(**TEXT, causal=True).generate(ids(1, 10), 9)
