@@ -63,6 +63,7 @@ class VFTConfig(PretrainedConfig):
 class VFTPreTrainedModel(PreTrainedModel):
     """What the classes below share; `vft` is the native model."""
 
+    vft: VFTModel
     config_class = VFTConfig
     base_model_prefix = "vft"
     main_input_name = "input_ids"
