@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,13 +16,14 @@ from layerwise.adapters._image import Transform
 from layerwise.adapters._labels import labels_of
 from layerwise.adapters._settings import json_file
 from layerwise.data import Batch, Row
-from layerwise.errors import DataError
+from layerwise.errors import DataError, UsageError, nearest
 from layerwise.rows import place_of
 from layerwise.source import Source
 from layerwise.task import Fidelity, LanguageModelling, Task
 from layerwise.trees import mapped
 
 SETTINGS = "preprocessing.json"
+ARGUMENTS = {"vision": "images", "audio": "frames", "text": "input_ids"}
 COLUMNS = {"vision": "image", "audio": "frames", "text": "input_ids"}
 
 
@@ -80,11 +81,11 @@ class NativeModalityAdapter(ModalityAdapter):
             if part is None:
                 self._refuse(rows[i], place_of(rows[i], i))
         if kind == "vision":
-            return "images", torch.stack(parts), None
+            return ARGUMENTS[kind], torch.stack(parts), None
         lengths = torch.tensor([len(part) for part in parts])
         mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
         padded = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
-        return ("frames" if kind == "audio" else "input_ids"), padded, mask
+        return ARGUMENTS[kind], padded, mask
 
     def _part(self, kind: str, row: Row, place: str) -> Tensor | None:
         value = row.get(COLUMNS[kind])
@@ -113,6 +114,34 @@ class NativeModalityAdapter(ModalityAdapter):
         what = f"The model reads {wanted}; the row has the columns {', '.join(map(str, row))}."
         remedy = "Name the columns (columns={'image': …}); text must come as numbers of tokens."
         raise DataError(what, place=place, remedy=remedy, code="LW-D32")
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return self.settings.modalities
+
+    def masked(self, batch: Batch, missing: Collection[str]) -> Batch:
+        """Padding instead of tokens and frames, grey instead of images."""
+        if len(self.modalities) < 2:
+            return super().masked(batch, missing)
+        kwargs = dict(batch.kwargs)
+        for name in missing:
+            if name not in self.modalities:
+                raise UsageError(f"The model reads no {name!r}.", remedy=nearest(name, self.modalities))
+            kwargs[ARGUMENTS[name]] = torch.zeros_like(kwargs[ARGUMENTS[name]])
+            if name != "vision":
+                kwargs["attention_mask"] = self._unseen(kwargs, name)
+        return Batch(batch.args, kwargs, batch.labels)
+
+    def _unseen(self, kwargs: Mapping[str, Any], name: str) -> Tensor:
+        """The mask with zeros for this part; frames stand before text."""
+        lengths = {n: kwargs[ARGUMENTS[n]].shape[1] for n in ("audio", "text") if ARGUMENTS[n] in kwargs}
+        ids = kwargs[ARGUMENTS[name]]
+        mask = kwargs.get(
+            "attention_mask", torch.ones(len(ids), sum(lengths.values()), dtype=torch.long, device=ids.device)
+        ).clone()
+        start = 0 if name == "audio" else lengths.get("audio", 0)
+        mask[:, start : start + lengths[name]] = 0
+        return mask
 
     def example(self, module: nn.Module) -> Batch:
         """Two samples of everything that it reads, the same each time."""

@@ -67,7 +67,7 @@ class VFTPreTrainedModel(PreTrainedModel):
     config_class = VFTConfig
     base_model_prefix = "vft"
     main_input_name = "input_ids"
-    _no_split_modules: ClassVar[list[str]] = ["VFTBlock"]
+    _no_split_modules = ["VFTBlock"]  # noqa: RUF012  # transformers declares it as an instance variable
     _supports_sdpa = True
 
     def _init_weights(self, module: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 
 import layerwise as lw
 from layerwise.adapter import adapter_for
-from layerwise.errors import DataError
+from layerwise.errors import DataError, UsageError
 from layerwise.native import VFTModel
 from layerwise.task import Classification, Fidelity, LanguageModelling
 
@@ -52,6 +52,21 @@ def test_padding_of_every_kind_stands_in_one_mask() -> None:
     )
     assert batch.kwargs["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 0, 0, 1, 0]]
     assert batch.kwargs["images"].shape == (2, 1, 4, 4)
+
+
+def test_a_missing_modality_is_grey_or_padding() -> None:
+    made = lw.load(model(vocab_size=11, frame=3, image=(1, 4, 4, 2), classes=3))
+    row = {"image": np.arange(16, dtype=np.uint8).reshape(4, 4), "input_ids": [1, 2], "frames": np.ones((3, 3))}
+    batch = made.adapter.collate([row, row])
+    assert made.adapter.modalities == ("vision", "audio", "text")
+    masks = {name: made.adapter.masked(batch, [name]).kwargs["attention_mask"][0].tolist() for name in made.adapter.modalities}
+    assert masks == {"vision": [1] * 5, "audio": [0] * 3 + [1] * 2, "text": [1] * 3 + [0] * 2}
+    for name in made.adapter.modalities:
+        assert not torch.equal(made.predict(made.adapter.masked(batch, [name])), made.predict(batch))
+    with pytest.raises(UsageError, match="reads no 'smell'"):
+        made.adapter.masked(batch, ["smell"])
+    with pytest.raises(UsageError, match="nothing can be left out"):
+        adapter_for(model(vocab_size=11)).masked(batch, ["text"])
 
 
 @pytest.mark.parametrize(
