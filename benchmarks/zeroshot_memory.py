@@ -2,7 +2,8 @@
 
 Writes a sharded folder of random weights (bfloat16, float16, float32) into a temporary folder, scores it in a fresh process with
 all four zero-shot methods, removes it, and writes ``results/zeroshot_memory.json``. The bound, 1.3 times the largest tensor and
-300 MB, is on what the process grows by after everything is imported; the absolute peak is told beside it.
+300 MB, is on what the process grows by after everything is imported; the absolute peak is told beside it, and what the process
+holds before it begins (importing torch alone takes most of that, about half of it file pages that processes share).
 """
 
 from __future__ import annotations
@@ -32,16 +33,17 @@ import json, re, sys, time
 import layerwise as lw
 from layerwise.engine import ZERO_SHOT
 
-def now(what):  # VmRSS, or its peak VmHWM, in bytes
+def now(what):  # VmRSS, its part RssFile (pages of the libraries' files), or its peak VmHWM, in bytes
     return int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 
 lw.analyze("weights:" + sys.argv[1], methods=ZERO_SHOT)  # what is loaded on first use
-before, started = now("VmRSS"), time.perf_counter()
+before, files, started = now("VmRSS"), now("RssFile"), time.perf_counter()
 open("/proc/self/clear_refs", "w").write("5")  # the peak begins here: that of the imports would hide ours
 report = lw.analyze("weights:" + sys.argv[2], methods=ZERO_SHOT)
 seconds = {name: round(report[name].seconds, 1) for name in report.methods}
-print(json.dumps({"before": before, "peak": now("VmHWM"), "seconds": round(time.perf_counter() - started, 1),
-                  "seconds_by_method": seconds, "layers": len(report.layers)}))
+print(json.dumps({"before": before, "before_file_pages": files, "peak": now("VmHWM"),
+                  "seconds": round(time.perf_counter() - started, 1), "seconds_by_method": seconds,
+                  "layers": len(report.layers)}))
 """
 
 

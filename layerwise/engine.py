@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from torch import nn
 
 from layerwise.analyzer import ANALYZERS, ImportanceAnalyzer
@@ -34,6 +33,9 @@ from layerwise.target import Target
 from layerwise.units import Granularity, granularities
 from layerwise.weights import check_finite
 from layerwise.zeroshot import SCHEME, WeightAnalyzer, only_weights, score_file
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LONGEST_CURVE = 64  # layers; each costs a run of everything after it on all the data
 ZERO_SHOT = ("spectral_analysis", "neural_persistence", "quantization_error", "weight_norm")  # "auto" for a file of weights

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy as np
-import pandas as pd
 
 from layerwise import consensus as ensembles
 from layerwise.consensus import Disagreement
@@ -23,6 +22,8 @@ from layerwise.stacking import stacked
 from layerwise.transfer import fit_kernel, transferred
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from layerwise.model import UniversalModel
 
 FORMAT = 1
@@ -141,6 +142,8 @@ class ImportanceReport:
 
     def to_frame(self) -> pd.DataFrame:
         """One row per layer and method; `rank` 1 is the most important layer, missing where there is no score."""
+        import pandas as pd  # 80 MB, which scores alone never need
+
         rows = [
             (
                 layer.name, layer.index, layer.kind, layer.parameters, method, entry.value, entry.stderr,
@@ -201,6 +204,8 @@ class ImportanceReport:
 
     def agreement_matrix(self, *, resamples: int = 1000) -> pd.DataFrame:
         """`agreement` as a table: ``matrix["rho"]`` is methods × methods; ``matrix["low"]`` and ``["high"]`` are its interval."""
+        import pandas as pd
+
         names = list(self.scores)
         grids = {key: pd.DataFrame(1.0, index=names, columns=names) for key in ("rho", "low", "high")}
         for pair in self.agreement(resamples=resamples):

@@ -5,7 +5,23 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.stats import rankdata
+
+
+def mean_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks along the last dimension, 1 the lowest, ties sharing their mean; a row with a NaN has none (all NaN).
+
+    As ``scipy.stats.rankdata``, which costs 66 MB and half a second to load.
+    """
+    order = values.argsort(-1, kind="stable")
+    ordered = np.take_along_axis(values, order, -1)
+    places = np.broadcast_to(np.arange(values.shape[-1]), values.shape)
+    begins, ends = np.ones((2, *values.shape), bool)
+    begins[..., 1:] = ends[..., :-1] = ordered[..., 1:] != ordered[..., :-1]
+    first = np.maximum.accumulate(np.where(begins, places, 0), -1)
+    last = np.minimum.accumulate(np.where(ends, places, values.shape[-1])[..., ::-1], -1)[..., ::-1]
+    ranks = np.empty(values.shape)
+    np.put_along_axis(ranks, order, (first + last) / 2 + 1, -1)
+    return np.where(np.isnan(values).any(-1, keepdims=True), np.nan, ranks)
 
 
 def shares(values: np.ndarray) -> np.ndarray:
@@ -13,7 +29,7 @@ def shares(values: np.ndarray) -> np.ndarray:
     found = np.full(len(values), math.nan)
     known = np.isfinite(values)
     count = int(known.sum())
-    found[known] = (rankdata(values[known]) - 1.0) / (count - 1) if count > 1 else 1.0
+    found[known] = (mean_ranks(values[known]) - 1.0) / (count - 1) if count > 1 else 1.0
     return found
 
 
@@ -24,7 +40,7 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 def spearman_rows(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """`spearman` of each row of `x` with the same row of `y`, both (rows, values), all rows at once."""
-    rx, ry = (rankdata(a, axis=1) for a in (x, y))
+    rx, ry = (mean_ranks(a) for a in (x, y))
     rx, ry = (a - a.mean(1, keepdims=True) for a in (rx, ry))
     scale = np.sqrt((rx * rx).sum(1) * (ry * ry).sum(1))
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from layerwise.analyzer import ANALYZERS
 from layerwise.errors import CorruptRun, UsageError, nearest
@@ -25,6 +24,8 @@ from layerwise.ranks import spearman
 from layerwise.strategy import STRATEGIES, TaskAdapter, TaskType
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from layerwise.tracking import PerformanceTracker
 
 # What the rule of the faithfulness benchmark's protocol gives on its committed results (a test holds them together): the few
@@ -207,6 +208,8 @@ def write_methods(results: str | Path, path: str | Path = SHIPPED, *, op: str = 
 
     `results` has ``rows`` as `layerwise.stacking.fit_meta` takes them; with a column ``domain`` also per domain.
     """
+    import pandas as pd
+
     results = Path(results)
     rows = pd.DataFrame(json.loads(results.read_text(encoding="utf-8"))["rows"])
     rows = rows[rows["op"] == op]

@@ -13,16 +13,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
-import pandas as pd
 
 from layerwise.consensus import UNIT, UNVOTED, combined
 from layerwise.errors import CorruptRun, UsageError
 from layerwise.files import write_atomic
 from layerwise.ranks import shares, spearman
 from layerwise.scores import LayerScore, Scores, Status
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SHIPPED = Path(__file__).parent / "tables" / "meta.json"
 # label → (analyzer, settings that it must have): what the stacker may look at. One sweep gives all; none measures damage.
@@ -134,6 +136,8 @@ def held_out_models(groups: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray
 
 def features(rows: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
     """The regressors, each centred on 0 within its model: ranks in −½ … ½ (0 where there is no score), depth, kind and size."""
+    import pandas as pd
+
     model = rows["model"]
 
     def ranked(column: pd.Series) -> np.ndarray:
@@ -178,6 +182,8 @@ def standing(op: str) -> dict[str, Any]:
 
 def table(layers: Sequence[Placed], scores: Mapping[str, Scores]) -> pd.DataFrame:
     """One model's rows as `fit_meta` takes them, without the damage."""
+    import pandas as pd
+
     last = max(len(layers) - 1, 1)
     columns: dict[str, list[Any]] = {
         "model": [""] * len(layers),
@@ -202,6 +208,8 @@ def stackers(path: Path = SHIPPED) -> dict[str, Stacker]:
 
 def write_stackers(results: str | Path, path: str | Path = SHIPPED) -> dict[str, Stacker]:
     """Fits one stacker per operation to the ``rows`` of a faithfulness benchmark's result file and writes the table to `path`."""
+    import pandas as pd
+
     results = Path(results)
     rows = pd.DataFrame(json.loads(results.read_text(encoding="utf-8"))["rows"])
     found = {str(op): fit_meta(part) for op, part in rows.groupby("op", sort=True) if part["model"].nunique() >= FEWEST_MODELS}

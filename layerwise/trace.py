@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from layerwise import trees
 from layerwise.data import Batch
@@ -144,6 +143,8 @@ def multiply_accumulates(func: Any, args: Any, kwargs: Any, result: Any) -> int:
         return int(pairs * (query.shape[-1] + value.shape[-1]))
     if func._schema.name == "aten::_int_mm":  # the product of 8-bit integers, which torch does not count either
         return int(args[0].shape[0] * args[0].shape[1] * args[1].shape[1])
+    from torch.utils.flop_counter import flop_registry  # loads Triton where it is installed: 90 MB
+
     formula = flop_registry.get(func._overloadpacket)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=result)) // 2
 

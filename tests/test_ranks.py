@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from layerwise.ranks import shares, spearman
+from layerwise.ranks import mean_ranks, shares, spearman
+
+
+def test_mean_ranks_equal_scipys_to_the_bit() -> None:
+    rng = np.random.default_rng(0)
+    for shape, most in (((7,), 4), ((5, 30), 6), ((3, 40), 10_000), ((2, 1), 2), ((0,), 2), ((2, 3, 9), 5)):
+        values = rng.integers(0, most, shape).astype(float)
+        np.testing.assert_array_equal(mean_ranks(values), stats.rankdata(values, axis=-1))
+    gap = np.array([[1.0, math.nan, 2.0], [2.0, 1.0, 2.0]])
+    np.testing.assert_array_equal(mean_ranks(gap), stats.rankdata(gap, axis=-1))
 
 
 def test_shares_run_from_0_to_1_and_ties_count_half() -> None:
