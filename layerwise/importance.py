@@ -191,10 +191,10 @@ class ImportanceReport:
         return ensembles.disagreements(self.coarsest().voters())
 
     def disagreement(self) -> str:
-        """A warning that names which methods disagree about which layers; '' where none do."""
+        """A warning, one line per pair, that names which methods disagree about which layers; '' where none do."""
         found = self.disagreements()
         more = [f"So do {len(found) - NAMED} more pairs of methods."] if len(found) > NAMED else []
-        return " ".join([*map(str, found[:NAMED]), *more])
+        return "\n".join([*map(str, found[:NAMED]), *more])
 
     def agreement(self, *, resamples: int = 1000) -> list[Agreement]:
         """Spearman's rho for each pair of methods with a 95 % percentile bootstrap interval over layers."""

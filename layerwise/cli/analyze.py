@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from layerwise.cli import checks
@@ -45,7 +46,7 @@ def command(config: RunConfig, screen: Screen) -> None:
         )  # fmt: skip
     if out:
         write_atomic(out, report.to_json() + "\n")
-    screen.document(report.to_dict())
+    screen.document(report.to_dict() | {"disagreements": [asdict(pair) for pair in report.disagreements()]})
     show_report(report, screen)
     if out:
         screen.say(f"Saved: {out}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.stats import rankdata
+
+from layerwise.ranks import mean_ranks
 
 
 def roc_auc(scores: np.ndarray, positive: np.ndarray) -> float:
@@ -17,4 +18,4 @@ def roc_auc(scores: np.ndarray, positive: np.ndarray) -> float:
     others = len(positive) - hits
     if not hits or not others:
         return math.nan
-    return float((rankdata(scores)[positive].sum() - hits * (hits + 1) / 2) / (hits * others))
+    return float((mean_ranks(scores)[positive].sum() - hits * (hits + 1) / 2) / (hits * others))

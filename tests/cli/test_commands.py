@@ -105,8 +105,13 @@ def test_finer_granularity_is_a_flag_and_each_size_has_a_table(base: list[str], 
 
 
 def test_weights_only_methods_need_no_data(project: Project, as_json: Json) -> None:
-    timm = "timm:vit_tiny_patch16_224?img_size=8&patch_size=2&in_chans=1&embed_dim=64&depth=2&num_heads=4&num_classes=10"
-    assert list(as_json("analyze", timm, "--methods", "weight_norm,depth")["scores"]) == ["weight_norm", "depth"]
+    timm = "timm:vit_tiny_patch16_224?img_size=8&patch_size=2&in_chans=1&embed_dim=64&depth=6&num_heads=4&num_classes=10"
+    found = as_json("analyze", timm, "--methods", "depth,random,random(seed=1),random(seed=2)")
+    assert list(found["scores"])[:2] == ["depth", "random"]
+    for pair in found["disagreements"]:
+        assert pair["rho"] < 0.4
+        assert set(pair["contested"][0]) == {"layer", "first", "second"}
+    assert found["disagreements"], "four orders at random"
 
 
 def test_run_by_config_file_with_a_flag_on_top(
