@@ -18,7 +18,7 @@ MULTIMODAL_CFG = {
     "audio": {"rate": 8000, "kind": "log_mel", "scaled": True, "mels": 40, "window": 256, "hop": 128, "frames": 48},
     "text": {"words": WORDS, "length": 4},
 }
-PATCH, FRAMES = 7, 8  # pixels per side, frames per token
+PATCH, FRAMES = 7, 4  # pixels per side, frames per token
 
 
 class Block(nn.Module):
@@ -28,7 +28,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.heads = heads
 
     def forward(self, x: Tensor, there: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class Block(nn.Module):
 
 
 class Fusion(nn.Module):
-    """One class token, 16 image patches, 6 pieces of the spectrogram and the word, all in one sequence."""
+    """One class token, 16 image patches, 12 pieces of the spectrogram and the word, all in one sequence."""
 
     def __init__(self, width: int = 32, depth: int = 3, heads: int = 4) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Fusion(nn.Module):
         self.patches = nn.Linear(PATCH * PATCH, width)
         self.frames = nn.Linear(40 * FRAMES, width)
         self.words = nn.Embedding(len(WORDS) + 2, width)
-        self.places = nn.Parameter(torch.randn(1, 1 + 16 + 6, width) / 4)
+        self.places = nn.Parameter(torch.randn(1, 1 + 16 + 12, width) / 4)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 

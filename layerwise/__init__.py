@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "layerwise.engine": ("load", "load_data", "fit_head", "analyze", "plan", "compress", "export", "track", "leaderboard"),
     "layerwise.analyzer": ("ImportanceAnalyzer",),
+    "layerwise.architecture": ("ArchitectureDetector",),
     "layerwise.artifact": ("Artifact",),
     "layerwise.data": ("Batch", "Data"),
     "layerwise.enhanced": ("EnhancedAnalysisRegistry",),

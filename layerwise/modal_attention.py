@@ -21,6 +21,7 @@ from layerwise.modal_game import Estimate, Pair, players
 from layerwise.model import UniversalModel
 from layerwise.moments import Moments
 from layerwise.progress import tracked
+from layerwise.stacks import stack_of
 from layerwise.trace import unfused
 
 MODEL = "model"  # positions that depend on no modality: class tokens, learned queries, what begins a text
@@ -90,18 +91,13 @@ def _count(
         others = [calls[at][1] for calls in without]
         asked = torch.stack([_changed(call.query, other.query) for other in others])
         offered = torch.stack([_changed(call.key, other.key) for other in others])
-        queries = stacks.setdefault((_stack(model.layers[layer].group), call.shape[2]), owners(asked))
+        queries = stacks.setdefault((stack_of(model.layers[layer]), call.shape[2]), owners(asked))
         own = asked.shape == offered.shape and torch.equal(asked, offered)
         mass, counts = _mass(call, queries, queries if own else owners(offered), len(names))
         for (i, query), (j, key) in itertools.product(enumerate(names), enumerate(names)):
             pairs[query, key].add_(layer, mass[:, i, j], counts[:, i])
         strangers = mass[:, :-2, :-2].sum((1, 2)) - mass.diagonal(dim1=1, dim2=2)[:, :-2].sum(1)
         crossing.add_(layer, strangers, counts[:, :-2].sum(1))
-
-
-def _stack(group: str) -> str:
-    """The path without numbers: blocks whose attentions are layers of their own still pass one stream on."""
-    return ".".join(part for part in group.split(".") if not part.isdigit())
 
 
 def _changed(one: Tensor, other: Tensor) -> Tensor:

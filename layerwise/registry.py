@@ -1,19 +1,27 @@
 """Names → classes, filled on first look-up by importing every module of a package: a new method is one new file.
 
 Decision: a module registers itself with a decorator; there is no list to edit. Nothing is imported until a name is asked for,
-so ``import layerwise`` and ``layerwise --help`` stay light.
+so ``import layerwise`` and ``layerwise --help`` stay light. Other distributions add theirs by an entry point whose group is the
+package's name (``layerwise.adapters``): one that fails is a warning and is left out, since someone else's fault must not stop
+this program.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
-from layerwise.errors import UsageError, nearest
+from layerwise.errors import UsageError, nearest, printable
 
 T = TypeVar("T")
+
+
+class EntryPointWarning(UserWarning):
+    """LW-P: an entry point of another distribution could not be used."""
 
 
 class Registry(Mapping[str, type[T]], Generic[T]):
@@ -67,3 +75,22 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         for module in pkgutil.iter_modules(package.__path__):
             if not module.name.startswith("_"):
                 importlib.import_module(f"{self.package}.{module.name}")
+        for point in entry_points(group=self.package):
+            self._enter(point)
+
+    def _enter(self, point: EntryPoint) -> None:
+        """Loads a module that registers its classes, or a class that is registered under the entry point's name."""
+        before = dict(self._classes)
+        try:
+            found = point.load()
+            if isinstance(found, type) and found not in self._classes.values():
+                self.register(point.name)(found)
+            elif self._classes == before:
+                raise UsageError("it registers no class")
+        except (Exception, SystemExit) as error:  # whatever someone else's module does on import
+            self._classes = before  # what it had registered before it failed is gone as well
+            owner = point.dist.name if point.dist is not None else "an unknown distribution"
+            what = (
+                f"LW-P The entry point {point.name!r} of {owner} ({self.package}) was left out: {type(error).__name__}: {error}"
+            )
+            warnings.warn(printable(what), EntryPointWarning, stacklevel=2)

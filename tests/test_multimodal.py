@@ -200,24 +200,23 @@ def test_uniform_attention_is_shared_by_how_many_positions_each_has() -> None:
         block.qkv.bias.data[:64] = 0
     found = cross_attention_analysis(model, load_data(rows(), model))
     assert list(found) == ["blocks.0", "blocks.1", "blocks.2"]
-    keys = {"image": 16 / 24, "audio": 6 / 24, "text": 1 / 24, MODEL: 1 / 24}
+    keys = {"image": 16 / 30, "audio": 12 / 30, "text": 1 / 30, MODEL: 1 / 30}
     for query, key in itertools.product(keys, keys):
         assert found["blocks.2"].mass[query, key].value == pytest.approx(keys[key], abs=1e-4), (query, key)
-    strangers = (16 * 7 + 6 * 17 + 1 * 22) / 24 / 23
+    strangers = (16 * 13 + 12 * 17 + 1 * 28) / 30 / 29
     assert found["blocks.2"].cross.value == pytest.approx(strangers, abs=1e-4)
 
 
 def test_cross_attention_of_one_stack_to_another() -> None:
     torch.manual_seed(0)
     model = UniversalModel(blip2())
-    rows = [{"input_ids": [5, 6, 2], "image": np.random.default_rng(s).random((16, 16, 3))} for s in range(2)]
+    rows = [{"input_ids": [5, 6, 2], "image": np.random.default_rng(s).random((8, 8, 3))} for s in range(2)]
     found = cross_attention_analysis(model, load_data(rows, model))
-    crossing = found["qformer.encoder.layer.1.crossattention"]
-    image = (
-        crossing.mass[MODEL, "image"].value + crossing.mass[MODEL, MODEL].value
-    )  # the image's class token may depend on nothing
-    assert image == pytest.approx(1)
-    assert crossing.mass[MODEL, "image"].value > 0.5
+    former = found["qformer.encoder.layer.1"]  # learned queries, which look at each other and then at the image
+    assert former.mass[MODEL, "image"].value + former.mass[MODEL, MODEL].value == pytest.approx(1)
+    assert 0.25 < former.mass[MODEL, "image"].value < 0.5, (
+        "one of two calls goes to the image, whose class token depends on nothing"
+    )
     language = found["language_model.model.decoder.layers.1"]
     for query in ("text", "image"):
         given = [value.value for (asking, _), value in language.mass.items() if asking == query]
@@ -279,7 +278,7 @@ def test_the_pages_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def test_a_language_model_that_sees() -> None:
     torch.manual_seed(0)
     model = UniversalModel(llava())
-    images = [np.random.default_rng(s).random((16, 16, 3)) for s in range(2)]
+    images = [np.random.default_rng(s).random((8, 8, 3)) for s in range(2)]
     data = load_data([{"input_ids": [1, 7, 8, 9], "image": image} for image in images], model)
     report = MultiModalAnalysis().analyze(model, data)
     assert report.task == "language_modelling"
