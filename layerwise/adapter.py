@@ -125,6 +125,12 @@ def main_tensor(raw: Any) -> Tensor:
         for key in PREFERRED:
             if isinstance(raw.get(key), Tensor):
                 return raw[key]
+    if isinstance(raw, list | tuple) and raw and all(isinstance(part, Mapping) for part in raw):
+        raise UserModelError(
+            "The forward gave a list of dicts, one per sample, as detectors do after suppression: no tensor holds all answers.",
+            remedy="Give a wrapper whose forward returns one tensor, or (logits, boxes) for task='detection'.",
+            code="LW-U78",
+        )
     for _, tensor in trees.tensors(raw):
         if tensor.is_floating_point():
             return tensor

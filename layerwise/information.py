@@ -18,7 +18,7 @@ from layerwise.covariance import Covariance, Triple
 from layerwise.features import by_group, pooled
 from layerwise.landmarks import Landmarks
 from layerwise.sweep import Seen
-from layerwise.task import output_mask
+from layerwise.task import classes_last, output_mask
 
 CLASSES = 64  # at most, for labels to be classes
 ANSWERS = 8  # dimensions of an answer that is the model's output
@@ -116,7 +116,7 @@ def answers(seen: Seen) -> tuple[Tensor, bool]:
         classes = torch.arange(output.shape[1], device=output.device)
         return (labels.to(output.device)[:, None] == classes).double(), True
     weights = output_mask(seen.batch, output).to(output.device)
-    y = output.detach().double().reshape(*weights.shape, -1)
+    y = classes_last(output.detach().double()).reshape(*weights.shape, -1)
     mean = torch.einsum("npd,np->nd", y, weights) / weights.sum(1, keepdim=True).clamp_min(1)
     return projected(mean, ANSWERS), False
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.tasks._contract import TASKS, Figures, Task, as_rows, output_mask, task_named, token_ids, token_mask
+from layerwise.tasks._contract import TASKS, Figures, Task, as_rows, classes_last, output_mask, task_named, token_ids, token_mask
 from layerwise.tasks.classification import Classification, check_classes
 from layerwise.tasks.fidelity import Fidelity, cosine_distance, drawn_classes
 from layerwise.tasks.language_modelling import LanguageModelling
@@ -21,8 +21,9 @@ from layerwise.tasks.segmentation import Segmentation
 from layerwise.tasks.token_classification import TokenClassification
 
 __all__ = [
-    "TASKS", "Classification", "Fidelity", "Figures", "LanguageModelling", "Task", "as_rows", "check_classes", "cosine_distance",
-    "drawn_classes", "output_mask", "suited_task", "task_named", "token_ids", "token_mask",
+    "TASKS", "Classification", "Fidelity", "Figures", "LanguageModelling", "MultiLabel", "Regression", "Segmentation", "Task",
+    "TokenClassification", "as_rows", "check_classes", "classes_last", "cosine_distance", "drawn_classes", "output_mask",
+    "suited_task", "task_named", "token_ids", "token_mask",
 ]  # fmt: skip
 
 

@@ -55,6 +55,18 @@ def test_fidelity_of_a_model_to_itself_is_exactly_nothing() -> None:
         assert torch.equal(loss, torch.zeros_like(loss))
 
 
+@pytest.mark.parametrize("kind", ["kl", "cosine"])
+def test_of_images_the_channels_are_compared_pixel_by_pixel(kind: str) -> None:
+    x, y = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    rows = [t.flatten(2).transpose(1, 2) for t in (x, y)]  # (samples, pixels, channels)
+    for found, wanted in zip(
+        Fidelity(kind).losses(x, Batch((x,)), y), Fidelity(kind).losses(rows[0], Batch((x,)), rows[1]), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+    drawn = [Fidelity(kind).likelihood(t, Batch((x,)), torch.Generator().manual_seed(0)) for t in (x, rows[0])]
+    torch.testing.assert_close(drawn[0], drawn[1])
+
+
 def test_kl_is_the_divergence_from_the_reference() -> None:
     p, q = torch.randn(4, 5).double(), torch.randn(4, 5).double()
     loss, _ = Fidelity().losses(q, Batch((q,)), p)

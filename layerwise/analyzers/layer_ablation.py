@@ -81,11 +81,14 @@ def _divergence(replay: Replay, output: Tensor) -> tuple[Tensor, Tensor]:
 def _wrong_answers(replay: Replay, output: Tensor) -> tuple[Tensor, Tensor]:
     assert replay.model.task is not None
     figures = replay.model.task.figures(output, replay.batch, replay.output)
-    name = next((n for n in ("accuracy", "token_accuracy", "agreement") if n in figures), None)
+    name = next((n for n in RIGHT if n in figures), None)
     if name is None:
         raise UsageError(f"The task {replay.model.task.name} counts no right answers.", remedy="Use metric='loss'.")
     hits, weights = figures[name]
     return weights - hits, weights
+
+
+RIGHT = ("accuracy", "token_accuracy", "pixel_accuracy", "exact_match", "agreement")  # a task's count of right answers
 
 
 METRICS: dict[str, Callable[[Replay, Tensor], tuple[Tensor, Tensor]]] = {

@@ -20,6 +20,7 @@ from layerwise.statistics import MomentsStatistic
 from layerwise.structure import Layer
 from layerwise.sweep import Seen, copied
 from layerwise.tangents import forward_mode, moving, velocity
+from layerwise.task import classes_last
 from layerwise.walk import PLACES, At, Change, Walk, fed_by_none, inputs_changed, one_of, place_of, sample_losses
 
 TARGETS = ("likelihood", "logit")
@@ -246,13 +247,12 @@ def _likelihood(walk: Walk, reference: Tensor) -> tuple[Change, Tensor]:
 
 def _logit(walk: Walk, reference: Tensor) -> tuple[Change, Tensor]:
     """The logit of the label, or without labels of the class that the model prefers on the unchanged inputs."""
-    labels = walk.batch.labels
-    if isinstance(labels, Tensor) and not labels.is_floating_point() and labels.shape == reference.shape[:-1]:
-        chosen = labels.long().clamp_min(0)
-    else:
-        chosen = reference.argmax(-1)
+    labels, logits = walk.batch.labels, classes_last(reference)
+    chosen = logits.argmax(-1)
+    if isinstance(labels, Tensor) and not labels.is_floating_point() and labels.shape == chosen.shape:
+        chosen = torch.where((labels >= 0) & (labels < logits.shape[-1]), labels.long(), chosen)  # padding has no label
     weights = torch.ones(len(reference), dtype=torch.float64, device=reference.device)
-    return (lambda output: output.gather(-1, chosen[..., None]).flatten(1).sum(1)), weights
+    return (lambda output: classes_last(output).gather(-1, chosen[..., None]).flatten(1).sum(1)), weights
 
 
 TARGET_FUNCTIONS = {"likelihood": _likelihood, "logit": _logit}

@@ -19,7 +19,7 @@ from layerwise.replay import Replay
 from layerwise.scores import LayerScore
 from layerwise.statistics import MomentsStatistic
 from layerwise.structure import Layer
-from layerwise.task import output_mask
+from layerwise.task import classes_last, output_mask
 from layerwise.walk import Walk, one_of
 
 MEASURES = ("divergence", "bald", "linear")
@@ -118,7 +118,7 @@ def _drawn(like: Tensor, part: Tensor, settings: UncertaintyAnalyzer, generator:
 
 def information(outputs: Iterator[Tensor], keep: Tensor) -> Tensor:
     """H[E p] − E H[p] per sample, summed over the positions that `keep` weighs: what the draws tell about the answer."""
-    logs = torch.stack([output.double().log_softmax(-1) for output in outputs])
+    logs = torch.stack([classes_last(output.double()).log_softmax(-1) for output in outputs])
     mean = logs.logsumexp(0) - torch.tensor(float(len(logs)), dtype=torch.float64).log().to(logs.device)
     gap = _entropy(mean) - _entropy(logs).mean(0)
     return (gap.reshape(len(gap), -1) * keep).sum(1).clamp_min(0)

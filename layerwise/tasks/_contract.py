@@ -108,11 +108,19 @@ def token_mask(batch: Batch, like: Tensor) -> Tensor:
     return torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
 
 
+def classes_last(output: Tensor) -> Tensor:
+    """(samples, …, classes): of logits per pixel (samples, C, height, width) the channels are the classes.
+
+    A single channel is no distribution; such images stay as they are.
+    """
+    return output.movedim(1, -1) if output.dim() == 4 and output.shape[1] > 1 else output
+
+
 def output_mask(batch: Batch, output: Tensor) -> Tensor:
     """(samples, positions) float64 weights of an output's rows; positions is 1 for outputs of shape (samples, C)."""
     if output.dim() == 3:
         return token_mask(batch, output[..., 0]).double()
-    return torch.ones(as_rows(output[..., 0]).shape, dtype=torch.float64, device=output.device)
+    return torch.ones(as_rows(classes_last(output)[..., 0]).shape, dtype=torch.float64, device=output.device)
 
 
 def as_rows(values: Tensor) -> Tensor:

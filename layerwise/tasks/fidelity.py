@@ -15,7 +15,7 @@ from torch import Tensor
 
 from layerwise.data import Batch
 from layerwise.errors import UsageError
-from layerwise.tasks._contract import TASKS, Figures, Task, as_rows, output_mask
+from layerwise.tasks._contract import TASKS, Figures, Task, as_rows, classes_last, output_mask
 
 
 @TASKS.register("fidelity")
@@ -32,7 +32,7 @@ class Fidelity(Task):
         if reference is None:
             raise UsageError("Fidelity compares with the uncompressed model's outputs, and none were given.")
         keep = output_mask(batch, output)
-        loss, same = self._distance(output, reference.to(output.device))
+        loss, same = self._distance(classes_last(output), classes_last(reference.to(output.device)))
         figures = {"loss": ((loss * keep).sum(-1), keep.sum(-1))}
         figures["divergence"] = figures["loss"]
         if same is not None:
@@ -49,7 +49,7 @@ class Fidelity(Task):
         return as_rows(terms.sum(-1).clamp_min(0)), as_rows((output.argmax(-1) == reference.argmax(-1)).double())
 
     def likelihood(self, output: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
-        keep = output_mask(batch, output)
+        keep, output = output_mask(batch, output), classes_last(output)
         if self.kind == "cosine":  # a unit-variance Gaussian around the output: the gradient is the drawn noise
             unit = F.normalize(output.float(), dim=-1)
             noise = torch.randn(unit.shape, generator=generator).to(output.device)

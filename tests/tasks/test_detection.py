@@ -126,6 +126,15 @@ def test_an_answer_that_is_not_one_box_per_query_is_refused(answer: Any) -> None
         UniversalModel(nn.Identity(), task=Detection()).read(answer)
 
 
+def test_a_list_of_boxes_per_image_is_never_read_as_the_first_ones() -> None:
+    class Suppressed(nn.Module):
+        def forward(self, images: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+            return [{"boxes": image[0, :2, :4], "scores": image[0, 0, :2]} for image in images]
+
+    with pytest.raises(UserModelError, match=r"LW-U78 .*after suppression"):
+        UniversalModel(Suppressed()).predict(torch.rand(3, 3, 8, 8))
+
+
 @pytest.mark.parametrize(
     ("objects", "said"),
     [([[[5.0, 0.5, 0.5, 0.1, 0.1]]], "LW-D34 .*class 5"), ([[[0.0, 50.0, 50.0, 10.0, 10.0]]], "LW-D33 .*shares of the image")],

@@ -74,6 +74,26 @@ class FullyConvolutional(nn.Module):
         return {"out": self.head(self.blocks(self.stem(x)))}
 
 
+def test_methods_without_labels_compare_pixels() -> None:
+    torch.manual_seed(0)
+    network, images, labels = FullyConvolutional(), torch.randn(4, 3, 8, 8), torch.randint(0, 3, (4, 8, 8))
+    labels[0, :2] = 255
+    model = layerwise.load(network, task="segmentation")
+    methods = ["layer_ablation(metric=kl)", "layer_ablation(metric=accuracy)", "uncertainty_quantification", "layer_conductance"]
+    report = layerwise.analyze(model, Data.of([(images, labels)]), methods)
+    name = next(layer.name for layer in model.layers if layer.skippable)
+    with torch.no_grad():
+        whole, damaged = network(images)["out"], None
+        with model.skipping([name]):
+            damaged = network(images)["out"]
+    p, q = whole.double().log_softmax(1), damaged.double().log_softmax(1)
+    assert report.scores["layer_ablation"][name] == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-6)
+    keep = labels != 255
+    lost = [(x.argmax(1) == labels)[keep].double().mean() for x in (whole, damaged)]
+    assert report.scores["layer_ablation(metric=accuracy)"][name] == pytest.approx(float(lost[0] - lost[1]), abs=1e-9)
+    assert all(report.scores[method].usable() for method in report.scores)
+
+
 def test_a_network_with_masks_is_known_for_segmentation_and_analyzed() -> None:
     torch.manual_seed(0)
     network, images, labels = FullyConvolutional(), torch.randn(6, 3, 8, 8), torch.randint(0, 3, (6, 8, 8))
