@@ -192,7 +192,7 @@ def _batched(table: Table, request: Request, model: UniversalModel | None, batch
         name=table.name if request.split is None else f"{table.name}[{request.split}]",
         collate=adapter.collate,
         source_fingerprint=fingerprint,
-        notes=(*table.notes, *_notes(len(rows), total), *notes),
+        notes=(*table.notes, *_notes(len(table.rows), total), *notes),
     )
 
 

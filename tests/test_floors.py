@@ -18,7 +18,7 @@ FLOORS = {
     0: {"errors", "registry", "files", "verb"},
     2: {"adapters", "analyzers", "compress", "export"},
     3: {"tracking", "report", "plugins"},
-    4: {"engine", "run", "benchmark"},
+    4: {"engine", "extensions", "run", "benchmark"},
     5: {"cli", "service", "__main__"},
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

@@ -24,6 +24,8 @@ from layerwise.task import Task
 from layerwise.trace import evaluating, run
 
 SETTINGS = "graph.json"
+TOLERATED = 0.01  # share of molecules that may be left out
+SHOWN = 5  # of them in a note
 # what a forward may call each field
 NAMES: Mapping[str, tuple[str, ...]] = {
     "x": ("x", "h", "feat", "feats", "features", "node_feats", "node_features"),
@@ -71,10 +73,24 @@ class GraphModalityAdapter(ModalityAdapter):
         return cls(codes, () if packed else known, packed)
 
     def prepare(self, rows: Sequence[Row]) -> tuple[Sequence[Row], tuple[str, ...]]:
-        """Molecules become graphs once."""
-        places = [place_of(row, i) for i, row in enumerate(rows)]
-        found = [row if row.get("edge_index") is not None else molecule(row, p) for row, p in zip(rows, places, strict=True)]
-        return [Record(row, place) for row, place in zip(found, places, strict=True)], ()
+        """Molecules become graphs once.
+
+        Public sets hold a few SMILES that rdkit refuses (impossible valences). Up to one row in a hundred is left out for that,
+        and a note says which; more raise `DataError` LW-D32.
+        """
+        made, refused = [], []
+        for i, row in enumerate(rows):
+            place = place_of(row, i)
+            try:
+                made.append(Record(row if row.get("edge_index") is not None else molecule(row, place), place))
+            except DataError as error:
+                if not isinstance(row.get("smiles"), str):
+                    raise
+                refused.append(error)
+        if len(refused) > TOLERATED * len(rows):
+            raise refused[0]
+        named = ", ".join(error.place.rpartition("/")[2] for error in refused[:SHOWN]) + (" …" if len(refused) > SHOWN else "")
+        return made, (f"{len(refused)} rows left out, whose SMILES rdkit refuses: {named}",) if refused else ()
 
     def collate(self, rows: Sequence[Row]) -> Batch:
         """Node rows of all graphs one after the other, edges renumbered; labels (graphs,), (graphs, targets) or (nodes,)."""

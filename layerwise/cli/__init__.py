@@ -1,4 +1,4 @@
-"""The command line: ``layerwise inspect | analyze | plan | compress | export | run | leaderboard | methods | demo | benchmark``.
+"""The command line: ``layerwise inspect | analyze | plan | compress | export | run | leaderboard | …``, see `COMMANDS`.
 
 Decision: this module imports typer and nothing of ours but the errors. Each command is a module of its own, imported when it
 is called, so that ``layerwise --help`` answers at once. Every error leaves through `main` as one line with a stable exit code.
@@ -28,6 +28,7 @@ COMMANDS = {
     "run": "The whole walk in one folder: analyze, plan, compress, export, report, track.",
     "leaderboard": "Show the results recorded so far, best first.",
     "methods": "List every analyzer, compression method, exporter and adapter.",
+    "domains": "List the fields of application: what suits each, and which of their data sets are here.",
     "demo": "Train a small vision transformer on handwritten digits and do the whole walk with it.",
     "benchmark": "Measure how faithful the methods are: their rankings against the damage of hurting each layer.",
 }

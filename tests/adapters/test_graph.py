@@ -168,6 +168,18 @@ def test_bad_rows_are_named(row: dict[str, Any], code: str, text: str) -> None:
     assert "m.parquet, row 7" in str(caught.value)
 
 
+def test_a_few_molecules_that_rdkit_refuses_are_left_out_and_said() -> None:
+    model = load(Convolutions())
+    many = [{"smiles": SMILES[i % 8], "label": 0} for i in range(199)]
+    data = load_data([*many, {"smiles": "C(C)(C)(C)(C)C", "label": 1}], model, batch_size=200)
+    assert data[0].size == 199
+    assert data.notes == ("1 rows left out, whose SMILES rdkit refuses: list, row 199",)
+    with pytest.raises(DataError, match=r"LW-D32 list, row 20: 'C\(C\)\(C\)\(C\)\(C\)C' is no SMILES"):
+        load_data([*many[:20], {"smiles": "C(C)(C)(C)(C)C", "label": 1}], model)
+    with pytest.raises(DataError, match=r"LW-D32 list, row 199: The row has no graph"):
+        load_data([*many, {"smiles": None, "label": 1}], model)
+
+
 def test_a_forward_that_wants_more_says_so() -> None:
     model = load(Positions())
     assert isinstance(model.adapter, GraphModalityAdapter)
