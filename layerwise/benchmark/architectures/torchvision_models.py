@@ -1,0 +1,72 @@
+"""torchvision: classification (up to `MOST` parameters), detection, segmentation and video."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerwise.benchmark.architectures.made import Group, Made, first_that_runs, noise
+from layerwise.data import Batch
+
+MOST = 30_000_000  # parameters of a classifier; the larger ones of a family are the smaller ones' blocks again
+SIDES = (96, 128, 224, 299)
+CLIPS = ((4, 64), (8, 64), (16, 112), (16, 224))  # frames, pixels
+# what a detector's own filter would drop from random weights, so that there is an output to speak of
+SEEN = ("box_score_thresh", "score_thresh")
+
+
+def _kinds() -> dict[str, ModuleType]:
+    from torchvision import models
+
+    return {"classification": models, "detection": models.detection, "segmentation": models.segmentation, "video": models.video}
+
+
+def names() -> list[str]:
+    from torchvision.models import list_models
+
+    found = [f"{kind}/{name}" for kind, module in _kinds().items() for name in list_models(module=module)]
+    return [name for name in found if not name.startswith("classification") or _parameters(name) <= MOST]
+
+
+def _parameters(name: str) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in _module(name).parameters())
+
+
+def make(name: str) -> Made:
+    return first_that_runs(_attempts(name))
+
+
+def _attempts(name: str) -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Batch]]]]:
+    kind = name.partition("/")[0]
+    if kind == "video":
+        for frames, side in CLIPS:
+            yield f"{frames} frames of {side} pixels", partial(_built, name, (frames, side, side), {})
+        return
+    settings: list[dict[str, Any]] = [{key: 0.0} for key in SEEN] if kind == "detection" else [{}]
+    for side in SIDES:
+        for chosen in ({"image_size": side}, *settings) if kind == "classification" else settings:
+            yield f"{side} pixels", partial(_built, name, (side, side), chosen)
+
+
+def _built(name: str, shape: tuple[int, ...], settings: dict[str, Any]) -> tuple[nn.Module, Batch]:
+    return _module(name, **settings), Batch((noise(2, 3, *shape).sigmoid(),))
+
+
+def _module(name: str, **settings: Any) -> nn.Module:
+    from torchvision.models import get_model
+
+    kind, _, plain = name.partition("/")
+    if kind in {"detection", "segmentation"}:
+        settings |= {"weights_backbone": None}
+    if plain in {"googlenet", "inception_v3"}:
+        settings |= {"init_weights": True}
+    return get_model(plain, weights=None, **settings)
+
+
+GROUP = Group("torchvision", names, make, lambda name: (name.partition("/")[0],))
