@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from layerwise.result import CompressionResult
 
 
+ACROSS = 4  # methods in a line of the legend
+REASONS = 6  # for dashes, that are shown
 MOST_ROWS = 120  # of one granularity: blocks of the deepest models, not every channel
 
 
@@ -64,10 +67,39 @@ def show_report(report: ImportanceReport, screen: Screen) -> None:
             screen.say(f"{MOST_ROWS // 2} of each end are shown; --out FILE.json keeps them all.")
             rows = [*rows[: MOST_ROWS // 2], [formats.DASH] * len(columns), *rows[-MOST_ROWS // 2 :]]
         screen.table(columns, rows, right=" ".join(c for c in columns if c not in {"layer", "kind"}))
-    screen.say("  ".join(f"{letter} = {method}" for method, letter in letters.items()))
+    for line in (*_legend(letters), *_unscored(report, letters)):
+        screen.say(line)
     for note in (report.disagreement(), *report.notes):
         if note:
             screen.say(note)
+
+
+def _legend(letters: Mapping[str, str]) -> list[str]:
+    """What the letters stand for, in columns."""
+    entries = [f"{letter} = {method}" for method, letter in letters.items()]
+    width = max(map(len, entries), default=0) + 2
+    lines = [entries[i : i + ACROSS] for i in range(0, len(entries), ACROSS)]
+    return ["".join(entry.ljust(width) for entry in line).rstrip() for line in lines]
+
+
+def _unscored(report: ImportanceReport, letters: Mapping[str, str]) -> list[str]:
+    """Why there is a dash: each reason with the letters of the methods that give it, and of how many layers."""
+    from layerwise.scores import Status
+
+    counts: dict[str, Counter[str]] = {}
+    for method, scores in report.scores.items():
+        for entry in scores.entries.values():
+            if entry.status is not Status.OK:
+                counts.setdefault(entry.reason, Counter())[letters[method]] += 1
+    lines = [f"– {' '.join(given)} ({_layers(given)}): {reason}" for reason, given in counts.items()]
+    more = [f"– and {len(lines) - REASONS} more reasons: --out FILE.json keeps them all."] if len(lines) > REASONS else []
+    return [*lines[:REASONS], *more]
+
+
+def _layers(given: Counter[str]) -> str:
+    """On how many layers, of the methods that give a reason."""
+    low, high = min(given.values()), max(given.values())
+    return f"{high} layer{'s' if high > 1 else ''}" if low == high else f"{low} to {high} layers"
 
 
 def _ranked(report: ImportanceReport) -> list[list[str]]:

@@ -104,6 +104,17 @@ def test_finer_granularity_is_a_flag_and_each_size_has_a_table(base: list[str], 
     assert "channel" in capsys.readouterr().err
 
 
+def test_a_dash_has_a_reason_and_a_letter_a_method(base: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The net has no attention; five methods are more than one line of the legend holds."""
+    assert main(["analyze", *base, "--methods", "attention_analysis,depth,random,weight_norm,parameter_count"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    legend = [line for line in lines if line.startswith(("a = attention_analysis", "e = parameter_count"))]
+    assert len(legend) == 2
+    reasons = [line for line in lines if line.startswith("– a (")]
+    assert len(reasons) == 1
+    assert "attention" in reasons[0]
+
+
 def test_weights_only_methods_need_no_data(project: Project, as_json: Json) -> None:
     timm = "timm:vit_tiny_patch16_224?img_size=8&patch_size=2&in_chans=1&embed_dim=64&depth=6&num_heads=4&num_classes=10"
     found = as_json("analyze", timm, "--methods", "depth,random,random(seed=1),random(seed=2)")
