@@ -9,6 +9,7 @@ from layerwise.native.attention import AttentionOptions, TVAAttention
 from layerwise.native.block import BlockOptions, VeinStatistics, VFTBlock
 from layerwise.native.cache import VeinCache, VFTCache
 from layerwise.native.compensation import NormalCompensator, adapt_threshold_
+from layerwise.native.convert import Conversion, convert_to_tva
 from layerwise.native.feedforward import VFTFeedForward
 from layerwise.native.model import VFTModel
 from layerwise.native.projector import VeinProjector
@@ -17,6 +18,7 @@ from layerwise.native.settings import VFTSettings
 __all__ = [
     "AttentionOptions",
     "BlockOptions",
+    "Conversion",
     "NormalCompensator",
     "TVAAttention",
     "VFTBlock",
@@ -28,4 +30,5 @@ __all__ = [
     "VeinProjector",
     "VeinStatistics",
     "adapt_threshold_",
+    "convert_to_tva",
 ]

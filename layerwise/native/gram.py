@@ -1,0 +1,52 @@
+"""Gram matrices Σ x xᵀ of what modules read or give, over all tokens that count; float64 sums, no activations are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.data import Data
+from layerwise.model import UniversalModel
+from layerwise.task import token_mask
+
+
+def gathered(
+    model: UniversalModel,
+    batches: Data,
+    *,
+    outputs: Mapping[str, nn.Module],
+    inputs: Mapping[str, nn.Module] | None = None,
+    sizes: Mapping[str, int] | None = None,
+) -> dict[str, Tensor]:
+    """Name → (groups, size, size): the features in groups of ``sizes[name]``, all in one group where it says nothing.
+
+    Outputs in one group are taken without the module's bias, which a low-rank matrix does not have to give.
+    """
+    sums: dict[str, Tensor] = {}
+    state: dict[str, Any] = {}
+
+    def add(name: str, x: Tensor) -> None:
+        keep = token_mask(state["batch"], x[..., 0]).reshape(-1).to(x.device) if x.dim() == 3 else None
+        rows = x.detach().reshape(-1, x.shape[-1])
+        rows = (rows if keep is None else rows[keep]).double()
+        grouped = rows.unflatten(1, (-1, (sizes or {}).get(name, rows.shape[1])))
+        sums[name] = sums.get(name, 0) + torch.einsum("ngs,ngt->gst", grouped, grouped)
+
+    with ExitStack() as stack:
+        for name, module in outputs.items():
+            bias = None if sizes and name in sizes else module.bias
+            given = lambda m, args, out, n=name, b=bias: add(n, out if b is None else out - b)  # noqa: E731
+            stack.callback(module.register_forward_hook(given).remove)
+        for name, module in (inputs or {}).items():
+            stack.callback(module.register_forward_pre_hook(lambda m, args, n=name: add(n, args[0])).remove)
+        for batch in batches:
+            state["batch"] = batch.to(model.device)
+            model.predict(batch)
+    return sums
+
+
+__all__ = ["gathered"]
