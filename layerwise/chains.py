@@ -13,9 +13,10 @@ transformer block's attention and feed-forward form a pipe as well. Modules with
 normalization) are atoms, never blocks, unless nothing else is found.
 
 Where the blocks hold less than `ENOUGH` of what ran, what stands beside them (stems, transitions between stages) becomes layers
-of its own. Not counted are *tables*, which are looked up or added and never multiplied with data (embeddings, positions), and the
-*head*, what runs after the last layer. A single layer that cannot be skipped is opened into its parts; one that can be (ALBERT's,
-which runs again and again) stays whole, and `layerwise.units` looks inside.
+of its own, what is smaller than every block only if that does not suffice. Not counted are *tables*, which are looked up or added
+and never multiplied with data (embeddings, positions), and the *head*, whose products give the output and enter no other. A
+single layer that cannot be skipped is opened into its parts; one that can be (ALBERT's, which runs again and again) stays whole,
+and `layerwise.units` looks inside.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 
 from torch import nn
 
-from layerwise.trace import NEVER, Call, is_matrix
+from layerwise.trace import Call, Use, is_matrix
 
 OPEN, OPEN_UNSKIPPABLE, ENOUGH = 0.8, 0.5, 0.8  # shares of parameters
 
@@ -48,16 +49,17 @@ def find_layers(root: Call) -> Found:
     found = _by_module(_Finder(root).chains(root))
     if not any(_keeps_shape(calls[0]) for _, calls in found):  # pipes of unlike stages (VGG) say less than what they are made of
         found = _by_module([_atoms(root)]) or found
-    if covered(root, {calls[0].module for _, calls in found}) < ENOUGH:
-        found = _by_module([*(chain for chain, _ in found), *_beside_layers(root, found)])
+    least = min((calls[0].parameters for _, calls in found), default=0)
+    for size in (least, 0):
+        if covered(root, {calls[0].module for _, calls in found}) < ENOUGH:
+            found = _by_module([*(chain for chain, _ in found), *_beside_layers(root, found, size)])
     return _opened(found) if len(found) == 1 and not _keeps_shape(found[0][1][0]) else found
 
 
 def covered(root: Call, modules: set[nn.Module]) -> float:
     """The share, 0 … 1, of the parameters that ran outside tables and head which the layers `modules` hold."""
     inside = {p for module in modules for p in module.parameters()}
-    ends = max((call.ended for call in root.walk() if call.module in modules), default=0)
-    beside = sum(p.numel() for p, moment in root.read.items() if moment != NEVER and moment < ends and p not in inside)
+    beside = sum(p.numel() for p, use in root.uses.items() if use is Use.WEIGHT and p not in inside)
     held = sum(p.numel() for p in inside)
     return held / max(held + beside, 1)
 
@@ -72,13 +74,12 @@ def _by_module(chains: Iterable[Chain]) -> Found:
     return [value for module, value in firsts.items() if module not in inner]
 
 
-def _beside_layers(root: Call, found: Found) -> Iterator[Chain]:
-    """What multiplies outside the layers and before the last of them ends: the outermost modules that hold none."""
+def _beside_layers(root: Call, found: Found, least: int) -> Iterator[Chain]:
+    """The outermost modules of at least `least` parameters outside the layers that multiply, the head apart."""
     layers = {calls[0].module for _, calls in found}
-    ends = max((calls[-1].ended for _, calls in found), default=root.ended)
     holding = {id(call) for call in root.walk() if any(inner.module in layers for inner in call.walk())}
     for call in _outside(root, holding, layers):
-        if call.order < ends and any(root.read.get(p, NEVER) != NEVER for p in call.module.parameters()):
+        if call.parameters >= least and any(root.uses.get(p) is Use.WEIGHT for p in call.module.parameters()):
             yield Chain(call.parent_path, [call])
 
 
@@ -112,21 +113,22 @@ def _keeps_shape(call: Call) -> bool:
 
 
 class _Finder:
-    """Finds chains; knows how often calls of each class keep the shape."""
+    """Finds chains. Knows of each class whether its calls mostly change the shape, and whether it stands in a row somewhere."""
 
     def __init__(self, root: Call) -> None:
         kept: dict[type, list[bool]] = defaultdict(list)
+        self.in_rows: set[type] = set()
         for call in root.walk():
             kept[type(call.module)].append(_keeps_shape(call))
+            self.in_rows |= {type(a.module) for a, _ in _alike(_blocks(call)) if not _is_container(a)}
         self.changes = {kind: sum(found) * 2 < len(found) for kind, found in kept.items()}
 
     def chains(self, call: Call, *, inside_repeated: bool = False) -> Iterator[Chain]:
         """The chains of blocks at or below `call`."""
-        children = [c for c in call.children if c.parameters]
-        inner = [c for c in children if c.matrices > 1]
-        blocks = [c for c in inner if c.takes and c.gives]  # an embedding takes no stream
-        links = _linked(blocks)
-        repeated = {id(c) for a, b in links if type(a.module) is type(b.module) for c in (a, b)}
+        inner = [c for c in call.children if c.matrices > 1]
+        blocks = _blocks(call)
+        repeated = {id(c) for pair in _alike(blocks) for c in pair}
+        repeated |= {id(c) for c in blocks if type(c.module) in self.in_rows}  # a stage may have a single block
         piped = _piped(call.children, blocks) if not inside_repeated else set()
         deeper = {id(c): list(self.chains(c, inside_repeated=_is_block(c, repeated))) for c in inner}
         self._close(blocks, repeated | piped, deeper)
@@ -173,15 +175,21 @@ def _is_container(call: Call) -> bool:
     return isinstance(call.module, nn.Sequential | nn.ModuleList)
 
 
-def _linked(blocks: Sequence[Call]) -> list[tuple[Call, Call]]:
-    """Neighbours where the second takes what the first gave, or which stand in one list and pass on the same shape."""
-    return [(a, b) for a, b in itertools.pairwise(blocks) if a.gives & b.takes or _listed(a, b)]
+def _blocks(call: Call) -> list[Call]:
+    """The calls inside that may be blocks."""
+    return [c for c in call.children if c.matrices > 1 and c.takes and c.gives]  # an embedding takes no stream
+
+
+def _alike(blocks: Sequence[Call]) -> list[tuple[Call, Call]]:
+    """Neighbours of one class where the second takes what the first gave, or which stand in one list and pass on the shape."""
+    pairs = [(a, b) for a, b in itertools.pairwise(blocks) if type(a.module) is type(b.module)]
+    return [(a, b) for a, b in pairs if a.gives & b.takes or _listed(a, b)]
 
 
 def _listed(a: Call, b: Call) -> bool:
     same_list = a.parent_path == b.parent_path and a.key.isdigit() and b.key.isdigit()
     parallel = bool(a.takes & b.takes & _streams(a))
-    return same_list and type(a.module) is type(b.module) and not parallel and a.out_shape == b.in_shape
+    return same_list and not parallel and a.out_shape == b.in_shape
 
 
 def _streams(call: Call) -> frozenset[int]:

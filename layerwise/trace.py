@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
@@ -21,8 +22,15 @@ from layerwise.data import Batch
 from layerwise.errors import LayerwiseError, UserModelError
 from layerwise.trees import Path
 
-NEVER = -1
 Seen = tuple[Path, tuple[int, ...], int, torch.dtype]  # path, shape, identity of the memory, type
+
+
+class Use(Enum):
+    """What a run reads a parameter for."""
+
+    TABLE = "looked up, added or scales; never multiplied with data as a matrix"
+    WEIGHT = "multiplied with data, and what comes of it with another parameter"
+    HEAD = "multiplied with data last, for the output"
 
 
 @dataclass(eq=False)
@@ -40,7 +48,7 @@ class Call:
     parameters: int = 0
     matrices: int = 0
     ended: int = 0
-    read: dict[Tensor, int] = field(default_factory=dict)  # of the whole run: parameter → when it was first multiplied, or NEVER
+    uses: dict[Tensor, Use] = field(default_factory=dict)  # of the whole run, noted on its root: the parameters that were read
 
     @property
     def parent_path(self) -> str:
@@ -93,41 +101,65 @@ class _Operators(TorchDispatchMode):
         for call in self.tracer.stack:
             call.operators.add(name)
             call.macs += macs
-        multiplied = macs > 0 or "rnn" in name
-        self.reading.note((args, kwargs or {}), result, self.tracer.now if multiplied else NEVER)
+        self.reading.note((args, kwargs or {}), result, multiplies=macs > 0 or "rnn" in name)
         return result
 
 
 class Reading:
-    """Which parameters the operators read, also through views and through tensors made of parameters alone (a scaled weight).
+    """What each parameter is read for, also through views and through tensors made of parameters alone (a scaled weight).
 
-    A parameter is *multiplied* when an operator with multiply-accumulates takes it; others are looked up in, added or scale.
+    Products with parameters are numbered. Each tensor's history is the set of those that it was computed from, kept as the bits
+    of an integer: a product that is in no other's history gives the output.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.made_of: dict[int, frozenset[Tensor]] = {}  # storage → the parameters in it, or that it was made of
-        self.read: dict[Tensor, int] = {}
+        self.history: dict[int, int] = {}  # storage → products
+        self.products: dict[
+            Tensor, int
+        ] = {}  # parameter → those that took it; 0 for one that was only looked up, added or scaled
+        self.count, self.taken_on = 0, 0
         for parameter in module.parameters():
             key = storage_of(parameter)
             self.made_of[key] = self.made_of.get(key, frozenset()) | {parameter}
         self.lasting = frozenset(self.made_of)
 
-    def note(self, entering: Any, leaving: Any, multiplied: int) -> None:
-        """One operator's call: what it took and gave, and the moment if it multiplies."""
-        taken = [self.made_of.get(storage_of(tensor)) for _, tensor in trees.tensors(entering)]
-        sources = frozenset[Tensor]().union(*(source for source in taken if source))
+    def note(self, entering: Any, leaving: Any, *, multiplies: bool) -> None:
+        """One operator's call: what it took and gave, and whether it multiplies."""
+        keys = [storage_of(tensor) for _, tensor in trees.tensors(entering)]
+        sources = frozenset[Tensor]().union(*(self.made_of[key] for key in keys if key in self.made_of))
+        pure = bool(keys) and all(key in self.made_of for key in keys)
+        history = 0
+        for key in keys:
+            history |= self.history.get(key, 0)
+        product = 0
+        if multiplies and sources and not pure:
+            product = 1 << self.count
+            self.count += 1
+            self.taken_on |= history
         for parameter in sources:
-            if self.read.get(parameter, NEVER) == NEVER:
-                self.read[parameter] = multiplied
-        pure = None not in taken
+            self.products[parameter] = self.products.get(parameter, 0) | product
         for _, tensor in trees.tensors(leaving):
-            key = storage_of(tensor)
-            if key in self.lasting:
-                continue
-            if pure and sources:
-                self.made_of[key] = sources
-            else:
-                self.made_of.pop(key, None)  # memory is used again: what it held is gone
+            self._made(storage_of(tensor), sources if pure else frozenset(), history | product)
+
+    def _made(self, key: int, sources: frozenset[Tensor], history: int) -> None:
+        """Memory may be used again for something else: what it held before is forgotten."""
+        self.history[key] = history
+        if key in self.lasting:
+            return
+        if sources:
+            self.made_of[key] = sources
+        else:
+            self.made_of.pop(key, None)
+
+    def uses(self) -> dict[Tensor, Use]:
+        """Parameter → use, for those that were read."""
+        return {parameter: self._use(products) for parameter, products in self.products.items()}
+
+    def _use(self, products: int) -> Use:
+        if not products:
+            return Use.TABLE
+        return Use.WEIGHT if products & self.taken_on else Use.HEAD
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -202,7 +234,7 @@ def traced(module: nn.Module, batch: Batch) -> Call:
         run(module, given)
     if tracer.root is None:
         raise UserModelError("The model's forward was never called.", code="LW-U76")
-    tracer.root.read = reading.read
+    tracer.root.uses = reading.uses()
     return tracer.root
 
 

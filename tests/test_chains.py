@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from layerwise.chains import covered, find_layers
 from layerwise.data import Batch
 from layerwise.structure import read_layers
-from layerwise.trace import traced
+from layerwise.trace import Use, traced
 from tests.models import CASES, Residual, images, vectors
 
 
@@ -146,7 +146,30 @@ def test_stages_are_opened_also_where_each_ends_in_a_large_transition() -> None:
     assert names(net, vectors()(2)) == [f"{i}.blocks.{k}" for i in range(3) for k in range(2)]
 
 
-def test_the_share_counts_what_multiplies_before_the_last_layer_ends() -> None:
+def test_a_block_that_stands_in_a_row_elsewhere_is_one_where_it_stands_alone() -> None:
+    class Stage(nn.Module):
+        def __init__(self, width: int, depth: int) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(*(Residual(width) for _ in range(depth)))
+            self.shrink = nn.Linear(width, 2 * width)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.shrink(self.blocks(x))
+
+    net = nn.Sequential(Stage(8, 1), Stage(16, 2))
+    assert names(net, vectors()(2)) == ["0.blocks.0", "1.blocks.0", "1.blocks.1"]
+
+
+def test_what_a_parameter_is_read_for() -> None:
+    net = Towers()
+    uses = {name: traced(net, vectors()(2)).uses.get(p) for name, p in net.named_parameters()}
+    assert uses["places"] is Use.TABLE
+    assert uses["seen.0.up.weight"] is uses["seen.1.down.weight"] is Use.WEIGHT
+    assert uses["head.weight"] is Use.HEAD
+    assert uses["other.0.up.weight"] is None
+
+
+def test_the_share_leaves_out_the_head() -> None:
     net = Branching()
     root = traced(net, vectors()(2))
     of = {name: sum(p.numel() for p in net.get_submodule(name).parameters()) for name in ("transition", "left", "right")}

@@ -29,7 +29,7 @@ COUNTS = {  # sublayers, heads, channels
     "albert": (2, 4, 64),
     "encoder": (6, 0, 96),
     "residual": (4, 0, 64),
-    "mobilenet": (7, 0, 4512),
+    "mobilenet": (7, 0, 5824),
 }
 FOUND = [(name, g) for name, row in COUNTS.items() for g, count in zip(GRANULARITIES[1:], row, strict=True) if count]
 

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,11 @@ def saved(state: dict[str, Tensor], folder: Path, shards: int = 1) -> Path:
     return folder
 
 
-def same(left: lw.Scores, right: lw.Scores) -> bool:
-    return {n: str(e) for n, e in left.entries.items()} == {n: str(e) for n, e in right.entries.items()}
+BESIDE = {"mobilenet": {"blocks.5", "conv_head"}}  # layers that are no blocks: only a run tells that they are no head
+
+
+def same(left: lw.Scores, right: lw.Scores, beside: Iterable[str] = ()) -> bool:
+    return {n: str(e) for n, e in left.entries.items()} == {n: str(e) for n, e in right.entries.items() if n not in beside}
 
 
 def test_the_methods_that_read_weights_only_are_those_that_can_read_a_file() -> None:
@@ -67,11 +71,11 @@ def test_the_methods_that_read_weights_only_are_those_that_can_read_a_file() -> 
 def test_scores_from_the_file_are_those_from_the_model(family: str, tmp_path: Path) -> None:
     model = CASES[family].model()
     folder = saved(model.module.state_dict(), tmp_path, shards=3 if family in {"bert", "resnet"} else 1)
-    report = lw.analyze(f"weights:{folder}", methods="all")
+    report, beside = lw.analyze(f"weights:{folder}", methods="all"), BESIDE.get(family, set())
     assert report.methods == METHODS
     for name in METHODS:
-        assert same(report[name], ANALYZERS[name]().analyze(model)), name
-    assert {x.name: x.parameters for x in report.layers} == {x.name: x.parameters for x in model.layers}
+        assert same(report[name], ANALYZERS[name]().analyze(model), beside), name
+    assert {x.name: x.parameters for x in report.layers} == {x.name: x.parameters for x in model.layers if x.name not in beside}
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
