@@ -103,6 +103,18 @@ def test_the_drawn_answer_follows_the_models_own_distribution() -> None:
     assert float(nll.mean()) == pytest.approx(entropy, rel=0.007)  # four standard errors
 
 
+def test_fidelity_of_maps_compares_classes_and_not_columns() -> None:
+    generator = torch.Generator().manual_seed(0)
+    before, after = (torch.randn(2, 3, 4, 5, generator=generator) for _ in range(2))
+    flat = [x.movedim(1, -1).reshape(2, 20, 3) for x in (after, before)]
+    maps = Fidelity().losses(after, Batch((after,)), before)
+    rows = Fidelity().losses(flat[0], Batch((flat[0],)), flat[1])
+    torch.testing.assert_close(maps[0], rows[0])
+    torch.testing.assert_close(maps[1], rows[1])
+    drawn = Fidelity().likelihood(after, Batch((after,)), torch.Generator().manual_seed(1))
+    torch.testing.assert_close(drawn, Fidelity().likelihood(flat[0], Batch((flat[0],)), torch.Generator().manual_seed(1)))
+
+
 def test_the_same_seed_draws_the_same_answers() -> None:
     logits = torch.randn(9, 4)
     first, second = (Fidelity().likelihood(logits, Batch((logits,)), torch.Generator().manual_seed(5)) for _ in range(2))

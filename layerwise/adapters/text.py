@@ -145,11 +145,23 @@ class TextModalityAdapter(ModalityAdapter):
             kwargs["token_type_ids"] = padded([r["token_type_ids"] for r in ready], 0)
         labels = labels_of(ready)
         if self.start is not None:  # the decoder sees the target, or without one the text itself, one step late
-            targets = [r.get("target_ids", r["input_ids"]) for r in ready]
+            targets = [r.get("target_ids", r["input_ids"])[: self.longest and self.longest - 1] for r in ready]
             kwargs["decoder_input_ids"], kwargs["decoder_attention_mask"], wanted = shifted(targets, self.start, self.pad)
             if labels is None and all("target_ids" in r for r in ready):
                 labels = wanted
+            kwargs = self._apart(kwargs)
         return Batch((), {**kwargs, **dict(self.fixed)}, labels)
+
+    def _apart(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """One column of padding where both sequences are equally long: the length of a layer's stream then says whose it is.
+
+        At the model's maximum there is no room for it, and the decoder's mask is taken for both.
+        """
+        width = kwargs["input_ids"].shape[1]
+        if width != kwargs["decoder_input_ids"].shape[1] or width == self.longest:
+            return kwargs
+        fillers = {"input_ids": self.pad, "attention_mask": 0, "token_type_ids": 0}
+        return kwargs | {n: nn.functional.pad(kwargs[n], (0, 1), value=v) for n, v in fillers.items() if n in kwargs}
 
     def example(self, module: nn.Module) -> Batch:
         """Two sequences of 16 random tokens, the same each time, each with one end token as some classifiers demand."""

@@ -16,7 +16,7 @@ from layerwise.adapters._image import Transform
 from layerwise.adapters._labels import labels_of
 from layerwise.adapters._settings import json_file, processor
 from layerwise.data import Batch, Row
-from layerwise.errors import DataError
+from layerwise.errors import DataError, UserModelError
 from layerwise.heads import EncoderWithHead, encoder_of
 from layerwise.hugging import is_bare, modalities
 from layerwise.rows import place_of
@@ -64,6 +64,14 @@ class VisionModalityAdapter(ModalityAdapter):
         """Two images of noise, the same each time."""
         images = torch.randn(2, *self.transform.size, generator=torch.Generator().manual_seed(0))
         return Batch((), {self.argument: images}) if self.argument else Batch((images,))
+
+    def output(self, raw: Any) -> Tensor:
+        """Raises `UserModelError` LW-U78 for detectors that answer with a list of boxes per image: no row is a sample."""
+        if isinstance(raw, list) and raw and all(isinstance(found, Mapping) and "boxes" in found for found in raw):
+            what = "The forward gave the boxes that are left after suppression, a different number for each image."
+            remedy = "Wrap the detector so that it gives (logits, boxes) of every query or anchor, or analyze its backbone."
+            raise UserModelError(what, remedy=remedy, code="LW-U78")
+        return super().output(raw)
 
     def default_task(self, module: nn.Module, batch: Batch, output: Tensor) -> Task:
         return self.fidelity(module) if _embeds(module) else super().default_task(module, batch, output)

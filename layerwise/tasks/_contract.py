@@ -98,13 +98,21 @@ def token_ids(batch: Batch) -> Tensor | None:
 
 
 def token_mask(batch: Batch, like: Tensor) -> Tensor:
-    """True for the tokens that count, of the shape of `like` (samples, tokens); all where there is no mask."""
+    """True for the positions that count, of the shape of `like` (samples, positions); all where there is no mask.
+
+    Outputs of an encoder–decoder are the decoder's, so its mask goes first; an encoder's stream has another length. Positions of
+    audio models are frames, of which each stands for an equal part of the waveform.
+    """
     if batch.layout is not None and (keep := batch.layout.keep(like)) is not None:
         return keep
-    decoder = "decoder_" if "decoder_input_ids" in batch.kwargs else ""  # outputs are then the decoder's, not the encoder's
-    mask = batch.kwargs.get(f"{decoder}attention_mask")
-    if isinstance(mask, Tensor) and mask.shape == like.shape:
-        return mask.bool()
+    for name in ("decoder_attention_mask", "attention_mask"):
+        mask = batch.kwargs.get(name)
+        if isinstance(mask, Tensor) and mask.shape == like.shape:
+            return mask.bool()
+    wave, mask = batch.kwargs.get("input_values"), batch.kwargs.get("attention_mask")
+    if isinstance(wave, Tensor) and isinstance(mask, Tensor) and wave.shape == mask.shape and like.shape[1] < mask.shape[1]:
+        middles = (torch.arange(like.shape[1], device=mask.device) + 0.5) * (mask.shape[1] / like.shape[1])
+        return mask[:, middles.long()].bool()
     return torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
 
 

@@ -23,7 +23,7 @@ from layerwise.errors import DataError, UsageError
 from layerwise.heads import EncoderWithHead
 from layerwise.loading import load_data
 from layerwise.model import UniversalModel
-from layerwise.task import Classification, Fidelity, LanguageModelling, Task
+from layerwise.task import Classification, Fidelity, LanguageModelling, Task, token_mask
 
 CONV: dict[str, Any] = {"conv_dim": (8, 8, 8), "conv_kernel": (10, 3, 3), "conv_stride": (5, 2, 2), "num_feat_extract_layers": 3}
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -178,6 +178,18 @@ def test_padding_changes_no_output_where_there_is_a_mask() -> None:
     torch.testing.assert_close(model.predict(batch)[:1], model.predict(model.adapter.collate([short])), rtol=1e-4, atol=1e-5)
     louder = dataclasses.replace(batch, kwargs={**batch.kwargs, "attention_mask": torch.ones(2, 8000).long()})
     assert not torch.allclose(model.predict(louder)[:1], model.predict(batch)[:1], rtol=0, atol=2e-5), "the mask has no effect"
+
+
+def test_frames_of_padding_are_left_out_of_a_layers_mean() -> None:
+    """Up to the one frame whose middle lies on the border; the library's own count says which frames are sound."""
+    torch.manual_seed(0)
+    model = UniversalModel(masked())
+    batch = model.adapter.collate([{"audio": NOISE[:3000]}, {"audio": NOISE}])
+    frames = torch.zeros(2, 399, 16)
+    kept = token_mask(batch, frames[..., 0]).sum(1)
+    want = model.module.wav2vec2._get_feat_extract_output_lengths(torch.tensor([3000, 8000]))  # type: ignore[union-attr,operator]
+    assert (kept - want).abs().max() <= 1
+    assert kept[1] == 399
 
 
 def test_torchaudio_is_told_the_lengths() -> None:

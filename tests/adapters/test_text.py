@@ -14,6 +14,7 @@ from torch import nn
 from layerwise.adapter import adapter_for
 from layerwise.adapters.text import TextModalityAdapter
 from layerwise.errors import DataError
+from layerwise.features import pooled
 from layerwise.heads import EncoderWithHead, PooledEncoder
 from layerwise.model import UniversalModel
 from layerwise.rows import Record
@@ -123,6 +124,29 @@ def test_translation_pairs_are_language_modelling_on_the_target() -> None:
     assert model.task == LanguageModelling()
     _, weights = model.task.losses(model.predict(batch), batch, None)
     assert weights.tolist() == [3, 1]
+
+
+def test_each_stack_of_a_translator_has_its_own_padding() -> None:
+    """Seen by an encoder that is given the short text alone."""
+    torch.manual_seed(0)
+    model = UniversalModel(t5())
+    short, long = {"input_ids": [5, 6], "target_ids": [7, 8, 9]}, {"input_ids": [5, 6, 7, 8], "target_ids": [9]}
+    batch = model.adapter.collate([short, long])  # four tokens each, the decoder's first included
+    assert batch.kwargs["input_ids"].shape[1] != batch.kwargs["decoder_input_ids"].shape[1]
+    alone = model.adapter.collate([short])
+    torch.testing.assert_close(model.predict(batch)[:1], model.predict(alone))
+    for layer in model.layers:
+        with model.capture([layer.name]) as seen:
+            model.predict(batch)
+            together = pooled(batch, layer, seen[layer.name][1])[:1]
+            model.predict(alone)
+            torch.testing.assert_close(together, pooled(alone, layer, seen[layer.name][1]), rtol=1e-5, atol=1e-6)
+
+
+def test_a_decoder_gets_no_more_than_the_model_takes() -> None:
+    adapter = dataclasses.replace(adapter_for(t5()), longest=4)  # type: ignore[type-var]  # every adapter is a dataclass
+    batch = adapter.collate([{"input_ids": [5, 6, 7, 8, 9]}])
+    assert batch.kwargs["decoder_input_ids"].tolist() == [[0, 5, 6, 7]]
 
 
 def test_labels_of_a_language_model_are_left_out_and_said() -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from layerwise.adapter import adapter_for
 from layerwise.adapters._image import Transform
 from layerwise.adapters.vision import VisionModalityAdapter
-from layerwise.errors import DataError
+from layerwise.errors import DataError, UserModelError
 from layerwise.heads import EncoderWithHead
 from layerwise.model import UniversalModel
 from layerwise.task import Classification, Fidelity
@@ -137,6 +137,54 @@ def test_tasks() -> None:
     assert features.adapter.fidelity(features.module) == Fidelity("cosine")
     headed = EncoderWithHead(features.module, 512, 3)
     assert adapter_for(headed).fidelity(headed) == Fidelity()
+
+
+SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+STAGES: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+
+
+def detr() -> nn.Module:
+    import transformers as tf
+
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 2))}
+    backbone = tf.ResNetConfig(**STAGES, out_features=["stage2"])
+    more = {"d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_queries": 5}
+    config = tf.DetrConfig(**sizes, **more, use_pretrained_backbone=False, use_timm_backbone=False, backbone_config=backbone)
+    return tf.DetrForObjectDetection(config)
+
+
+def yolos() -> nn.Module:
+    import transformers as tf
+
+    return tf.YolosForObjectDetection(tf.YolosConfig(**SMALL, image_size=[32, 32], patch_size=8, num_detection_tokens=5))
+
+
+def segmenter() -> nn.Module:
+    from torchvision.models.segmentation import lraspp_mobilenet_v3_large
+
+    model = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4)
+    model.pretrained_cfg = {"input_size": (3, 64, 64)}  # smaller than what torchvision trains on, for the test's sake
+    return model
+
+
+@pytest.mark.parametrize(("build", "shape"), [(detr, (2, 5, 3)), (yolos, (2, 5, 3)), (segmenter, (2, 4, 64, 64))])
+def test_detectors_and_segmenters_give_one_answer_per_query_or_pixel(build: Any, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = UniversalModel(build().eval())
+    assert model.domain == "vision"
+    output = model.predict(model.example)
+    assert output.shape == shape
+    loss, _ = model.adapter.fidelity(model.module).losses(output, model.example, output)
+    assert float(loss.abs().max()) == 0
+
+
+def test_boxes_after_suppression_are_refused() -> None:
+    from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+
+    module = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3).eval()
+    module.pretrained_cfg = {"input_size": (3, 64, 64)}
+    with pytest.raises(UserModelError, match=r"LW-U78.*left after suppression"):
+        UniversalModel(module).predict(UniversalModel(module).example)
 
 
 def test_a_row_without_an_image_is_named() -> None:
