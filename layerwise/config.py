@@ -64,6 +64,7 @@ class RunConfig(BaseModel):
     x_columns: Names = Field(default=(), description="the columns that hold numbers, with commas")
     label_column: str | None = Field(default=None, description="the column that holds the label")
     target_column: str | None = Field(default=None, description="the column that holds the text to produce")
+    answer_column: str | None = Field(default=None, description="the column that holds the span of the second text to find")
     max_bad_shards: int = Field(default=0, ge=0, le=LARGEST, description="go on without this many damaged files of a data set")
     methods: Names = Field(
         default=("auto",), description="ways to rank layers, with commas: auto, all, NAME or NAME(setting=value)"
@@ -91,7 +92,7 @@ class RunConfig(BaseModel):
 
     @property
     def columns(self) -> dict[str, str | list[str]] | None:
-        """Role (text, text_pair, image, audio, x, label, target) → column; None when nothing is named."""
+        """Role (text, text_pair, image, audio, x, label, target, answer) → column; None when nothing is named."""
         roles = {name.removesuffix("_column"): value for name, value in self if name.endswith("_column") and value}
         return roles | ({"x": list(self.x_columns)} if self.x_columns else {}) or None
 

@@ -33,7 +33,10 @@ from layerwise.runfolder import CONFIG, RunFolder, final_of, key_of, new_folder,
 Progress = Callable[[int, int], None]
 
 MODEL = ("model", "weights", "head", "task", "device", "seed")
-COLUMNS = ("text_column", "text_pair_column", "image_column", "audio_column", "x_columns", "label_column", "target_column")
+COLUMNS = (
+    "text_column", "text_pair_column", "image_column", "audio_column", "x_columns", "label_column", "target_column",
+    "answer_column",
+)  # fmt: skip
 DATA = ("data", "split", "limit", "batch_size", "max_bad_shards", *COLUMNS)
 EVALUATION = ("eval_data", "eval_split", "eval_limit")
 

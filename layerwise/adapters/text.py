@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.adapter import ADAPTERS, ModalityAdapter, library_of
+from layerwise.adapters._answers import answer_labels, continued, located, within
 from layerwise.adapters._labels import labels_of
 from layerwise.adapters._tokens import ends, filler, longest, mask_of, padded, shifted, start, tokenizer_in
 from layerwise.data import Batch, Row
@@ -19,15 +20,18 @@ from layerwise.errors import DataError
 from layerwise.heads import EncoderWithHead, PooledEncoder, encoder_of
 from layerwise.hugging import is_bare, is_causal, is_sequence_to_sequence, reads_text_only
 from layerwise.rows import Record, place_of
-from layerwise.task import Fidelity, LanguageModelling, Task
+from layerwise.task import Fidelity, LanguageModelling, Task, task_named
 
 EXAMPLE = (2, 16)  # samples, tokens
+PREPARED = ("token_type_ids", "token_labels", "span", "offsets", "context", "answers")  # beside ids, what `prepare` adds to a row
 
 
 @ADAPTERS.register("text")
 @dataclass(frozen=True)
 class TextModalityAdapter(ModalityAdapter):
     """Tokenizes, pads to the longest of a batch on the right, and cuts at the model's maximum (or refuses, `truncate`).
+
+    A causal model goes on with ``target`` after ``text``, which is not judged; ``answer`` is a span of ``text_pair``.
 
     `vocabulary`: rows of the embedding table; `longest`: tokens, None for no maximum; `start`: the id a decoder begins with,
     None where the forward wants no decoder tokens; `fixed`: keyword arguments of every forward.
@@ -87,6 +91,10 @@ class TextModalityAdapter(ModalityAdapter):
         """The row with its token ids, and how many its longest part had before it was cut."""
         place = place_of(row, position)
         done: dict[str, Any] = {} if self.causal or row.get("label") is None else {"label": row["label"]}
+        if row.get("input_ids") is not None:  # prepared before
+            done |= {key: row[key] for key in PREPARED if row.get(key) is not None}
+        elif "answer" in row:
+            return self._located(row, place)
         tokens = 0
         for column, ids, pair in (("text", "input_ids", row.get("text_pair")), ("target", "target_ids", None)):
             if row.get(ids) is None and row.get(column) is None and ids == "target_ids":
@@ -95,7 +103,23 @@ class TextModalityAdapter(ModalityAdapter):
             tokens = max(tokens, len(found[ids]))
             done |= {key: self._within(values, place) for key, values in found.items()}
             self._in_vocabulary(done[ids], place)
+        if self.causal and "target_ids" in done:
+            done |= continued(done["input_ids"], done.pop("target_ids"), self._specials(), self.longest)
         return Record(done, place), tokens
+
+    def _located(self, row: Row, place: str) -> tuple[Record, int]:
+        """A question (``text``) about a context (``text_pair``) with its ``answer``."""
+        question, context = row.get("text"), row.get("text_pair")
+        if not isinstance(question, str) or not isinstance(context, str) or self.tokenizer is None:
+            what = "An answer needs a question and a context as text, and a model with a tokenizer."
+            remedy = "Name the columns: columns={'text': question, 'text_pair': context, 'answer': …}."
+            raise DataError(what, place=place, remedy=remedy, code="LW-D32")
+        found = located(self.tokenizer, question, context, row.get("answer"), place)
+        tokens = len(found["input_ids"])
+        for key in found.keys() & {"input_ids", "token_type_ids"}:
+            found[key] = self._within(found[key], place)
+        self._in_vocabulary(found["input_ids"], place)
+        return Record(within(found, len(found["input_ids"])), place), tokens
 
     def _ids(self, row: Row, column: str, ids: str, pair: Any, place: str) -> dict[str, list[int]]:
         if row.get(ids) is not None:
@@ -110,7 +134,9 @@ class TextModalityAdapter(ModalityAdapter):
         if self.tokenizer is None:
             remedy = "Load the model with hf:DIR, its tokenizer beside it, or give rows with input_ids."
             raise DataError("The model came without a tokenizer, so text cannot be read.", place=place, remedy=remedy)
-        encoded = self.tokenizer(text, pair, verbose=False) if pair is not None else self.tokenizer(text, verbose=False)
+        texts = (text,) if pair is None else (text, pair)
+        goes_on = self.causal and column == "target"  # nothing opens what goes on where the prompt ends
+        encoded = self.tokenizer(*texts, verbose=False, **({"add_special_tokens": False} if goes_on else {}))
         if pair is not None and "token_type_ids" in encoded:
             return {ids: encoded["input_ids"], "token_type_ids": encoded["token_type_ids"]}
         return {ids: encoded["input_ids"]}
@@ -143,7 +169,11 @@ class TextModalityAdapter(ModalityAdapter):
         kwargs["attention_mask"] = mask_of([r["input_ids"] for r in ready])
         if all("token_type_ids" in r for r in ready):
             kwargs["token_type_ids"] = padded([r["token_type_ids"] for r in ready], 0)
-        labels = labels_of(ready)
+        labels: Any = labels_of(ready)
+        if all("span" in r for r in ready):
+            labels = answer_labels(ready, kwargs["input_ids"].shape[1])
+        elif all("token_labels" in r for r in ready):
+            labels = padded([r["token_labels"] for r in ready], -100)
         if self.start is not None:  # the decoder sees the target, or without one the text itself, one step late
             targets = [r.get("target_ids", r["input_ids"])[: self.longest and self.longest - 1] for r in ready]
             kwargs["decoder_input_ids"], kwargs["decoder_attention_mask"], wanted = shifted(targets, self.start, self.pad)
@@ -179,6 +209,8 @@ class TextModalityAdapter(ModalityAdapter):
     def default_task(self, module: nn.Module, batch: Batch, output: Tensor) -> Task:
         """Language modelling for causal models and translated targets; for embeddings never classification."""
         targets = isinstance(batch.labels, Tensor) and batch.labels.dim() == 2
+        if isinstance(batch.labels, Mapping) and "span" in batch.labels:
+            return task_named("question_answering")
         if output.dim() == 3 and (self.causal or (self.start is not None and targets)):
             return LanguageModelling()
         return self.fidelity(module) if _embeds(module) else super().default_task(module, batch, output)

@@ -17,7 +17,7 @@ from layerwise.rows import Record
 
 INPUTS = ("text", "image", "audio", "x", "input_ids", "smiles")
 GRAPH = ("edge_index", "edge_attr", "edge_weight", "pos", "z", "node_label", "node_mask")  # what goes with a graph's x
-ROLES = (*INPUTS, *GRAPH, "text_pair", "target", "sample_rate", "label")
+ROLES = (*INPUTS, *GRAPH, "text_pair", "target", "answer", "sample_rate", "label")
 RATES = ("sample_rate", "sampling_rate")  # beside audio only: elsewhere it is a number like any other
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "text": ("text", "sentence", "review", "content", "document"),
