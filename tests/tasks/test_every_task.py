@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+from layerwise.data import Batch
 from layerwise.errors import UsageError
 from layerwise.metric import METRICS
+from layerwise.model import UniversalModel
 from layerwise.report.words import CHINESE, ENGLISH
+from layerwise.saved import load_saved, save_model
+from layerwise.spec import written
 from layerwise.strategy import TaskType
 from layerwise.target import Target
 from layerwise.task import TASKS, task_named
@@ -28,6 +35,16 @@ def test_reports_targets_and_the_leaderboard_know_what_a_task_is_judged_by(name:
     task = TASKS[name]
     assert QUALITY[name] == task.quality
     assert METRICS[task.quality].higher_is_better == task.higher_is_better
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_with_its_settings_is_saved_with_the_model_and_comes_back(name: str, tmp_path: Path) -> None:
+    texts = {"environment": "CartPole-v1", "tokenize": "zh", "kind": "cosine"}
+    given = {f.name: texts.get(f.name, 3) for f in dataclasses.fields(TASKS[name])}  # type: ignore[arg-type]  # they are dataclasses
+    model = UniversalModel(nn.Linear(2, 2), task=TASKS[name](**given), example=Batch((torch.zeros(1, 2),)))
+    save_model(model, tmp_path / "saved")
+    assert load_saved(tmp_path / "saved", module=nn.Linear(2, 2)).task == model.task
+    assert task_named(written(name, given)) == model.task
 
 
 @pytest.mark.parametrize("task_type", TaskType)
