@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,13 @@ def test_a_data_set_that_is_not_there_says_where_it_belongs(
         assert part in str(caught.value)
     (tmp_path / dataset.spec).mkdir(parents=True)
     assert dataset.located() == tmp_path / dataset.spec
+
+
+def test_the_pages_example_runs() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "domains.md").read_text(encoding="utf-8"), re.DOTALL)
+    space: dict[str, Any] = {}
+    exec(compile(block, "docs/domains.md", "exec"), space)
+    assert space["report"].scores["gradient_based"].samples == 64
 
 
 def test_unknown_names_have_neighbours() -> None:

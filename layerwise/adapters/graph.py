@@ -18,6 +18,7 @@ from layerwise.adapters._graphs import MEND, ROLES, Graph, graph_of, molecule
 from layerwise.adapters._labels import labels_of
 from layerwise.data import Batch, Row
 from layerwise.errors import DataError, UserModelError
+from layerwise.heads import encoder_of
 from layerwise.layout import COUNT, GRAPH_OF, Graphs, Nodes
 from layerwise.rows import Record, place_of
 from layerwise.task import Task
@@ -157,9 +158,9 @@ class GraphModalityAdapter(ModalityAdapter):
 
 
 def _parameters(module: nn.Module) -> list[tuple[str, bool]]:
-    """The forward's parameters and whether each must be given."""
+    """The parameters of the forward, below a fitted head that of the encoder, and whether each must be given."""
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    found = inspect.signature(module.forward).parameters.values()
+    found = inspect.signature(encoder_of(module).forward).parameters.values()
     return [(p.name, p.default is inspect.Parameter.empty) for p in found if p.kind not in kinds]
 
 

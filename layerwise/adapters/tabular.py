@@ -19,6 +19,7 @@ from layerwise.adapters._schema import Schema, is_numeric, learnt
 from layerwise.adapters._settings import json_file
 from layerwise.data import Batch, Row
 from layerwise.errors import DataError
+from layerwise.heads import encoder_of
 from layerwise.rows import place_of
 
 SETTINGS = "tabular.json"
@@ -43,7 +44,7 @@ class TabularModalityAdapter(ModalityAdapter):
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
-        return isinstance(getattr(module, "tabular_cfg", None), dict) or all(_arguments(module))
+        return bool(_described(module)) or all(_arguments(module))
 
     @classmethod
     def left_in(cls, folder: Path) -> bool:
@@ -52,7 +53,7 @@ class TabularModalityAdapter(ModalityAdapter):
     @classmethod
     def of(cls, module: nn.Module, folder: Path | None = None) -> TabularModalityAdapter:
         saved = json_file(folder / SETTINGS) if folder else {}
-        return cls(Schema.from_dict(saved or getattr(module, "tabular_cfg", None) or {}), _arguments(module))
+        return cls(Schema.from_dict(saved or _described(module)), _arguments(module))
 
     @classmethod
     def fitted(
@@ -107,9 +108,15 @@ class TabularModalityAdapter(ModalityAdapter):
         (folder / SETTINGS).write_text(json.dumps(self.schema.to_dict(), indent=1) + "\n", encoding="utf-8")
 
 
+def _described(module: nn.Module) -> dict[str, Any]:
+    """The module's own ``tabular_cfg``; empty where it has none."""
+    found = getattr(encoder_of(module), "tabular_cfg", None)
+    return found if isinstance(found, dict) else {}
+
+
 def _arguments(module: nn.Module) -> tuple[str, str]:
-    """The forward's names for numbers and codes; '' for what it does not name."""
-    names = inspect.signature(module.forward).parameters
+    """The forward's names for numbers and codes, below a fitted head the encoder's; '' for what it does not name."""
+    names = inspect.signature(encoder_of(module).forward).parameters
     first, second = (next((n for n in known if n in names), "") for known in (NUMBERS, CODES))
     return first, second
 

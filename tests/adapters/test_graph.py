@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -17,10 +19,13 @@ from torch_geometric.utils import from_smiles
 
 from layerwise.adapter import adapter_for
 from layerwise.adapters.graph import GraphModalityAdapter
+from layerwise.engine import analyze
 from layerwise.errors import DataError, MissingDependency, UserModelError
+from layerwise.heads import fit_head
 from layerwise.layout import Nodes
 from layerwise.loading import load, load_data
 from layerwise.rows import Record
+from tests.conftest import ROOT
 from tests.graphs import SMILES, Convolutions, Isomorphism, rows
 
 
@@ -185,6 +190,23 @@ def test_a_forward_that_wants_more_says_so() -> None:
     assert isinstance(model.adapter, GraphModalityAdapter)
     with pytest.raises(UserModelError, match="missing 1 required positional argument: 'pos'"):
         model.predict(model.adapter.collate(rows(2)))
+
+
+def test_a_head_on_a_graph_encoder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    encoder = load(Convolutions(6))
+    model = fit_head(encoder, load_data(rows(), encoder))
+    data = load_data(rows(), model)
+    assert list(data[0].kwargs) == ["x", "edge_index", "batch"]
+    assert model.predict(data[0]).shape == (8, 3)
+    assert analyze(model, data, ["layer_ablation", "fisher_information"]).scores["fisher_information"].samples == 8
+
+
+def test_the_pages_example_runs() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "graphs.md").read_text(encoding="utf-8"), re.DOTALL)
+    space: dict[str, Any] = {}
+    exec(compile(block, "docs/graphs.md", "exec"), space)
+    assert space["report"].metrics["rmse"] > 0
 
 
 def test_molecules_without_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
