@@ -46,9 +46,10 @@ class Chain:
 
 def find_layers(root: Call) -> Found:
     """The layers as (chain, the calls of the layer's module), in the order of their first calls; disjoint."""
-    found = _by_module(_Finder(root).chains(root))
-    if not any(_keeps_shape(calls[0]) for _, calls in found):  # pipes of unlike stages (VGG) say less than what they are made of
-        found = _by_module([_atoms(root)]) or found
+    finder = _Finder(root)
+    found = _by_module(finder.chains(root))
+    if not any(_keeps_shape(calls[0]) or type(calls[0].module) in finder.in_rows for _, calls in found):
+        found = _by_module([_atoms(root)]) or found  # pipes of unlike stages (VGG) say less than what they are made of
     least = min((calls[0].parameters for _, calls in found), default=0)
     for size in (least, 0):
         if covered(root, {calls[0].module for _, calls in found}) < ENOUGH:
@@ -131,7 +132,7 @@ class _Finder:
         repeated |= {id(c) for c in blocks if type(c.module) in self.in_rows}  # a stage may have a single block
         piped = _piped(call.children, blocks) if not inside_repeated else set()
         deeper = {id(c): list(self.chains(c, inside_repeated=_is_block(c, repeated))) for c in inner}
-        self._close(blocks, repeated | piped, deeper)
+        self._close([block for block in blocks if id(block) in repeated or _beside(block, blocks, repeated)], deeper)
         if repeated or any(deeper[member] for member in piped):  # an embedding piped into a stack: the stack has the blocks
             piped = {member for member in piped if deeper[member]}
         members = repeated | piped
@@ -148,12 +149,11 @@ class _Finder:
         if own.calls:
             yield own
 
-    def _close(self, blocks: Sequence[Call], members: set[int], deeper: dict[int, list[Chain]]) -> None:
-        """Forgets the chains inside members where they say less than the members; alike for all of one class."""
+    def _close(self, blocks: Sequence[Call], deeper: dict[int, list[Chain]]) -> None:
+        """Forgets the chains inside `blocks` where they say less than the blocks; alike for all of one class."""
         kinds: dict[Any, list[Call]] = defaultdict(list)
         for block in blocks:
-            if id(block) in members or _beside(block, blocks, members):
-                kinds[block if _is_container(block) else type(block.module)].append(block)
+            kinds[block if _is_container(block) else type(block.module)].append(block)
         for kind, alike in kinds.items():
             inside = sum(_size(deeper[id(block)]) for block in alike)
             needed = OPEN_UNSKIPPABLE if self.changes.get(kind, True) else OPEN

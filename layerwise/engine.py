@@ -243,8 +243,13 @@ def _report(
 
 
 def _remarks(model: UniversalModel, data: Data | None) -> tuple[str, ...]:
-    """What the model says of its own layers on the first batch."""
-    return () if data is None else model.adapter.remarks(model.module, data[0].to(model.device))
+    """What the model says of its own layers on the first batch, and where there is only one, how to see more."""
+    own = () if data is None else model.adapter.remarks(model.module, data[0].to(model.device))
+    if len(model.layers) > 1:
+        return own
+    (layer,) = model.layers
+    times = f", which runs {layer.calls} times" if layer.calls > 1 else ""
+    return (*own, f"One layer only{times}: granularity='sublayer' ranks the parts inside {layer.name}.")
 
 
 def _with_curve(report: ImportanceReport, model: UniversalModel, data: Data, progress: Progress | None) -> ImportanceReport:

@@ -117,7 +117,7 @@ def _by_vmap(module: nn.Module, parameters: Mapping[str, Tensor], saved: Any, gr
         dims = (0, *(0 if s else None for s in split))
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule: vmap would loop over them
             by_name = vmap(one, in_dims=dims)(_by_sample(gradient, samples), *tensors)
-    except (RuntimeError, ValueError):  # what vmap cannot do (data-dependent shapes, in-place writes), the loop does
+    except Exception:  # the module's own code, on parts of what it was given: whatever it objects to, the loop does
         return None
     return {name: by_name[f"module.{name}"] for name in parameters}
 

@@ -160,6 +160,45 @@ def test_a_block_that_stands_in_a_row_elsewhere_is_one_where_it_stands_alone() -
     assert names(net, vectors()(2)) == ["0.blocks.0", "1.blocks.0", "1.blocks.1"]
 
 
+def test_layers_of_which_none_keeps_the_shape_are_not_torn_into_convolutions() -> None:
+    class Down(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.conv, self.mix = nn.Conv2d(width, 2 * width, 3, 2, 1), nn.Conv2d(2 * width, 2 * width, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mix(torch.relu(self.conv(x)))
+
+    assert names(nn.Sequential(Down(3), Down(6), Down(12)), images()(2)) == ["0", "1", "2"]
+
+
+def test_a_container_of_its_own_kind_is_opened_for_the_chain_inside() -> None:
+    class Body(nn.Module):
+        """Keeps the shape, and holds more outside its blocks than in them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Residual(8) for _ in range(2))
+            self.up, self.down = nn.Linear(8, 64), nn.Linear(64, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x + self.down(torch.relu(self.up(x)))
+
+    class Piped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+            self.body = Body()
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(self.stem(x)))
+
+    assert {"body.blocks.0", "body.blocks.1", "body.up", "body.down"} <= set(names(Piped(), vectors()(2)))
+
+
 def test_what_a_parameter_is_read_for() -> None:
     net = Towers()
     uses = {name: traced(net, vectors()(2)).uses.get(p) for name, p in net.named_parameters()}

@@ -239,3 +239,11 @@ def test_the_page_of_many_channels_shows_both_ends_and_says_so() -> None:
     assert set(chart.layers) == {*ranked[: MOST_ROWS // 2], *ranked[-MOST_ROWS // 2 :]}
     page = report.to_html()
     assert f"{512 - MOST_ROWS} of 512 layers stand between" in page
+
+
+def test_a_report_on_a_single_layer_says_how_to_see_more() -> None:
+    model = CASES["albert"].model()
+    (note,) = lw.analyze(model, methods="weight_norm").notes
+    assert note.startswith("One layer only, which runs 3 times: granularity='sublayer'")
+    assert len(lw.analyze(model, methods="weight_norm", granularity="sublayer").layers) == 2
+    assert not lw.analyze(CASES["bert"].model(), methods="weight_norm").notes
