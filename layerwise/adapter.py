@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from layerwise import trees
 from layerwise.data import Batch, Row
 from layerwise.errors import UsageError, UserModelError
+from layerwise.examples import example_of
 from layerwise.registry import Registry
 from layerwise.source import Source
 from layerwise.task import Fidelity, Task, suited_task
@@ -60,8 +61,11 @@ class ModalityAdapter(ABC):
         return rows, ()
 
     def example(self, module: nn.Module) -> Batch | None:
-        """A small valid batch made from nothing, to trace the model with; None where that cannot be known."""
-        return None
+        """A small valid batch made from nothing, to trace the model with; None where that cannot be known.
+
+        A model of transformers says what it reads (`layerwise.examples`), whatever the modality.
+        """
+        return example_of(module)
 
     def accept(self, batch: Batch) -> None:
         """Raises `DataError` for a ready batch of a form that could not be taken apart by samples."""

@@ -28,6 +28,7 @@ BINS = ("num_mel_bins", "feature_size", "input_feat_per_channel", "mel_bins", "n
 LENGTHS = ("max_source_positions", "max_length", "spec_size")  # frames, or half of them behind a convolution of stride 2
 OPTIONAL = ("use_cache",)  # a cache would be one more output that grows
 MASKS = ("attention_mask",)
+UNNAMED = 2**31
 
 
 def example_of(module: nn.Module) -> Batch | None:
@@ -102,12 +103,17 @@ def _random() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+def tokens_of(module: Any) -> int:
+    """The rows of the table of tokens; the configuration's vocabulary where the model does not say which module that is."""
+    try:
+        return int(module.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError):  # several tables, or none: characters that are hashed
+        return setting(module.config, ("vocab_size",)) or 2
+
+
 def _vocabulary(module: Any) -> int:
-    named = setting(module.config, ("vocab_size",)) or 2
-    try:  # the table may have rows for more than tokens, and the configuration may name more tokens than this part has
-        return min(named, int(module.get_input_embeddings().weight.shape[0]))
-    except (AttributeError, NotImplementedError):  # models whose input embeds no tokens, or that do not say what does
-        return named
+    """How many tokens can be both read and answered: the table may have rows for what is no token."""
+    return min(setting(module.config, ("vocab_size",)) or UNNAMED, tokens_of(module))
 
 
 def _special(config: Any) -> tuple[set[int], list[int]]:
@@ -213,4 +219,4 @@ ENDINGS: Mapping[str, Callable[[Any], Sequence[Any]]] = {
     "attention_mask": _ones(TOKENS),
 }
 
-__all__ = ["candidates", "example_of", "failure", "setting"]
+__all__ = ["candidates", "example_of", "failure", "setting", "tokens_of"]

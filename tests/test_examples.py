@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.examples import candidates, example_of, failure, setting
+from layerwise.examples import candidates, example_of, failure, setting, tokens_of
 
 
 class Config:
@@ -94,3 +94,24 @@ def test_the_forward_runs_without_gradients_and_its_flags_stay() -> None:
     assert module.training
     assert all(p.grad is None for p in module.parameters())
     assert torch.is_grad_enabled()
+
+
+def test_a_model_without_an_adapter_of_its_own_can_be_read_as_it_is() -> None:
+    from layerwise.adapters.tensor import TensorAdapter
+    from layerwise.model import UniversalModel
+
+    module = Images(Config(image_size=20))
+    assert UniversalModel(module, adapter=TensorAdapter()).example.kwargs["pixel_values"].shape == (2, 3, 20, 20)
+
+
+def test_tokens_are_counted_in_the_table_or_by_the_configuration() -> None:
+    class Several(Reads):
+        def get_input_embeddings(self) -> nn.Module:
+            raise NotImplementedError("several tables")
+
+    class One(Reads):
+        def get_input_embeddings(self) -> nn.Module:
+            return nn.Embedding(9, 2)
+
+    config = Config(text=Config(vocab_size=7))
+    assert (tokens_of(Several(config)), tokens_of(One(config)), tokens_of(Reads(Config()))) == (7, 9, 2)

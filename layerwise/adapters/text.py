@@ -17,6 +17,7 @@ from layerwise.adapters._labels import labels_of
 from layerwise.adapters._tokens import ends, filler, longest, mask_of, padded, shifted, start, tokenizer_in
 from layerwise.data import Batch, Row
 from layerwise.errors import DataError
+from layerwise.examples import tokens_of
 from layerwise.heads import EncoderWithHead, PooledEncoder, encoder_of
 from layerwise.hugging import is_bare, is_causal, is_sequence_to_sequence, reads_text_only
 from layerwise.rows import Record, place_of
@@ -57,7 +58,7 @@ class TextModalityAdapter(ModalityAdapter):
     def of(cls, module: nn.Module, folder: Path | None = None) -> TextModalityAdapter:
         inner: Any = encoder_of(module)
         tokenizer = tokenizer_in(folder or Path(inner.config.name_or_path or "?"))
-        vocabulary = int(inner.get_input_embeddings().weight.shape[0])
+        vocabulary = tokens_of(inner)
         return cls(
             vocabulary=vocabulary,
             longest=longest(inner.config, tokenizer),

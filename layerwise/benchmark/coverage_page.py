@@ -10,9 +10,9 @@ from layerwise.benchmark.coverage import CHECKS, LEAST_LAYERS, LEAST_SCORED, LEA
 Record = Mapping[str, Any]
 LONGEST = 300  # characters of a reason
 TITLES = {
-    "timm": ("timm", "the smallest model of every model file"),
+    "timm": ("timm", "a small model of every model file (`timm_small.json`)"),
     "transformers": ("transformers", "every class of the auto-mappings below, default configuration, shrunk"),
-    "torchvision": ("torchvision", "classification up to 30 M parameters, detection, segmentation, video"),
+    "torchvision": ("torchvision", "the smallest classifier of every model file, all of detection, segmentation and video"),
     "torchaudio": ("torchaudio", "every model of `torchaudio.models`"),
     "graph": ("PyTorch Geometric", "graph networks, its own models or plain stacks of its convolutions, on two random graphs"),
 }

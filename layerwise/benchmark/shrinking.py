@@ -216,7 +216,9 @@ def _number(key: str, value: int, plain: Mapping[str, Any], plan: Plan, heads: i
         return max(value // max(plan.divisor // heads, 1), 2) if value >= 8 else value
     if HEADS.search(key) and value < 256:  # groups of so many are channels by themselves
         return max(value // heads, 1) if value % heads == 0 else value
-    return max(value // plan.divisor, 4) if _is_width(key, value) else value
+    if _is_width(key, value):
+        return -(-value // plan.divisor // 4) * 4  # whole fours, which some kernels want
+    return value
 
 
 def _is_width(key: str, value: int) -> bool:

@@ -2,8 +2,8 @@
 
 Of the parameters that run, three kinds are no business of layers and count nowhere: *tables* (only looked up or added: token
 and position embeddings), the *entrance* (the first weight that meets the raw input: a patch embedding, a stem's convolution)
-and the *head*. A library says which part is the head (transformers: what lies outside `base_model`; timm: `get_classifier`);
-of other modules it is the last weight that runs.
+and the *head*. A library says which part is the head (transformers: what lies outside `base_model`; timm: the part of the model
+that holds `get_classifier()`); of other modules it is the last weight that runs.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ def _head(module: Any, order: Iterable[nn.Module], weights: set[int]) -> Iterato
         yield from (p for p in module.parameters() if id(p) not in body)
         return
     if "timm" in libraries and isinstance(module.get_classifier(), nn.Module):
-        yield from module.get_classifier().parameters()
+        inside = set(module.get_classifier().modules())
+        yield from (p for child in module.children() if inside & set(child.modules()) for p in child.parameters())
         return
     owners = [m for m in order if _owns(m, weights)]
     yield from owners[-1].parameters(recurse=False) if owners else ()

@@ -66,7 +66,9 @@ def make(name: str) -> Made:
         made = _tried(cls, config, most, said)
         if made is not None:
             return Made(made.module, made.example, f"shrunk in step {number}; reads {', '.join(made.example.kwargs)}")
-    raise NotBuilt("; ".join(dict.fromkeys(said)) or "the default configuration cannot be made")
+    reason = "; ".join(dict.fromkeys(said))
+    broken = _default(cls)
+    raise NotBuilt(f"the default configuration does not build either: {broken}" if broken else reason or "no step made one")
 
 
 def _tried(cls: Any, config: Any, most: int, said: list[str]) -> Made | None:
@@ -89,6 +91,16 @@ def _tried(cls: Any, config: Any, most: int, said: list[str]) -> Made | None:
             return Made(module, batch)
         said.append(f"given {', '.join(batch.kwargs)}: {reason[:200]}")
     return None
+
+
+def _default(cls: Any) -> str:
+    """Why the class cannot be built from its default configuration in full size; empty where it can."""
+    try:
+        with torch.device("meta"):
+            cls(cls.config_class())
+    except Exception as error:
+        return brief(error)
+    return ""
 
 
 def _size(cls: Any, config: Any) -> int:

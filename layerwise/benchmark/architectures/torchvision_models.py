@@ -1,8 +1,9 @@
-"""torchvision: classification (up to `MOST` parameters), detection, segmentation and video."""
+"""torchvision: the smallest classifier of every model file; all of detection, segmentation and video."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,6 @@ from torch import nn
 from layerwise.benchmark.architectures.made import Group, Made, first_that_runs, noise
 from layerwise.data import Batch
 
-MOST = 30_000_000  # parameters of a classifier; the larger ones of a family are the smaller ones' blocks again
 SIDES = (96, 128, 224, 299)
 CLIPS = ((4, 64), (8, 64), (16, 112), (16, 224))  # frames, pixels
 # what a detector's own filter would drop from random weights, so that there is an output to speak of
@@ -30,7 +30,18 @@ def names() -> list[str]:
     from torchvision.models import list_models
 
     found = [f"{kind}/{name}" for kind, module in _kinds().items() for name in list_models(module=module)]
-    return [name for name in found if not name.startswith("classification") or _parameters(name) <= MOST]
+    return [*_smallest([n for n in found if n.startswith("classification/")]), *(n for n in found if "classification" not in n)]
+
+
+def _smallest(names: Sequence[str]) -> list[str]:
+    """Of each file the one with the fewest parameters: the larger ones are its blocks again."""
+    from torchvision.models import get_model_builder
+
+    best: dict[str, tuple[float, str]] = {}
+    for name in names:
+        family = get_model_builder(name.partition("/")[2]).__module__
+        best[family] = min(best.get(family, (math.inf, "")), (_parameters(name), name))
+    return [name for _, (_, name) in sorted(best.items())]
 
 
 def _parameters(name: str) -> int:
