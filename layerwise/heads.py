@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layerwise.data import Data
+from layerwise.data import Batch, Data
 from layerwise.errors import DataError, UserModelError
 from layerwise.model import UniversalModel
 from layerwise.progress import tracked
 from layerwise.source import Source
-from layerwise.task import Classification
+from layerwise.task import Classification, token_mask
 
 
 class PooledEncoder(nn.Module):
@@ -35,6 +35,20 @@ class PooledEncoder(nn.Module):
         return (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
 
 
+class PooledFrames(nn.Module):
+    """The mean of a Hugging Face speech encoder's last hidden state over the frames that hold sound: ``(samples, width)``."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_values: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        hidden = self.encoder(input_values=input_values, attention_mask=attention_mask)[0]
+        masks = {} if attention_mask is None else {"attention_mask": attention_mask}
+        keep = token_mask(Batch((), {"input_values": input_values, **masks}), hidden[..., 0]).to(hidden.dtype)[..., None]
+        return (hidden * keep).sum(1) / keep.sum(1).clamp_min(1)
+
+
 class EncoderWithHead(nn.Module):
     """Any module that gives embeddings ``(samples, width)``, and a linear layer that turns them into `classes` logits."""
 
@@ -49,7 +63,7 @@ class EncoderWithHead(nn.Module):
 
 def encoder_of(module: nn.Module) -> nn.Module:
     """The library's own model inside the wrappers of this file."""
-    while isinstance(module, PooledEncoder | EncoderWithHead):
+    while isinstance(module, PooledEncoder | PooledFrames | EncoderWithHead):
         module = module.encoder
     return module
 
@@ -117,4 +131,4 @@ def _logistic(features: np.ndarray, labels: np.ndarray, seed: int, strength: flo
     return weight, bias - weight @ mean
 
 
-__all__ = ["EncoderWithHead", "PooledEncoder", "embeddings", "encoder_of", "fit_head", "headed_source"]
+__all__ = ["EncoderWithHead", "PooledEncoder", "PooledFrames", "embeddings", "encoder_of", "fit_head", "headed_source"]

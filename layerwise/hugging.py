@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,12 @@ def modalities(module: nn.Module) -> tuple[str, ...]:
 def reads_text_only(module: nn.Module) -> bool:
     """Whether token ids are all that the forward needs."""
     return getattr(module, "main_input_name", "") == "input_ids" and modalities(module) == ("text",)
+
+
+def hears_waveforms(module: nn.Module) -> bool:
+    """Whether it reads sound as it is, and a mask over its samples; spectrograms and codecs do not."""
+    takes = inspect.signature(type(module).forward).parameters
+    return getattr(module, "main_input_name", "") == "input_values" and {"attention_mask", "mask_time_indices"} <= set(takes)
 
 
 def is_bare(module: nn.Module) -> bool:

@@ -275,6 +275,16 @@ def test_the_pages_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "text.4" in printed
 
 
+def test_the_pages_figures_are_the_committed_results() -> None:
+    page = (ROOT / "docs" / "multimodal.md").read_text(encoding="utf-8")
+    results = json.loads((ROOT / "benchmarks" / "results" / "trimodal.json").read_text())
+    table = re.findall(r"^\|(.+)\|$", page.partition("## On real data")[2].partition("\n## ")[0], re.MULTILINE)
+    shown = set(re.findall(r"-?\d\.\d\d ± \d\.\d\d", "".join(table)))
+    known = {f"{mean:.2f} ± {std:.2f}" for kind in ("fusion", "late") for mean, std in results[kind].values()}
+    assert len(shown) > 15
+    assert shown <= known
+
+
 def test_a_language_model_that_sees() -> None:
     torch.manual_seed(0)
     model = UniversalModel(llava())

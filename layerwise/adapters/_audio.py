@@ -115,9 +115,7 @@ def clip_of(row: Row, place: str, rate: int) -> tuple[Tensor, int | None]:
         columns = f"Its columns: {', '.join(map(str, row))}."
         remedy = f"Name the audio column (columns={{'audio': …}}). {columns}"
         raise DataError("The row has no audio.", place=place, remedy=remedy, code="LW-D32")
-    value = row["audio"]
-    row = Record(row, place) if not isinstance(value, Tensor) else Record({**row, "audio": value.numpy(force=True)}, place)
-    found = decoded(row, None)
+    found = decoded(Record(row, place), None)
     wave = _one_channel(found["audio"], place)
     given = found.get("sample_rate")
     return (wave, None) if given is None else (_resampled(wave, _rate(given, place), rate), int(given))

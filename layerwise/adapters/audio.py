@@ -255,6 +255,7 @@ def _takes(module: nn.Module, name: str) -> bool:
 
 def _embeds(module: nn.Module) -> bool:
     """Whether it gives hidden states or embeddings and no logits."""
-    if isinstance(module, EncoderWithHead) or "transformers" not in library_of(module):
+    inner = encoder_of(module)
+    if isinstance(module, EncoderWithHead) or "transformers" not in library_of(inner):
         return False
-    return is_bare(module) or _kind(module) == "clap"
+    return is_bare(inner) or _kind(inner) == "clap"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from layerwise.errors import DataError, DataShardError, missing_dependency
 from layerwise.rows import Record
@@ -28,7 +29,7 @@ def decoded(row: Record, folder: Path | None) -> Record:
     if isinstance(value, dict):
         row = Record({**row, "sample_rate": value.get("sampling_rate", row.get("sample_rate"))}, row.place)
         value = value.get("array") if value.get("array") is not None else value.get("bytes") or value.get("path")
-    if isinstance(value, np.ndarray | list):
+    if isinstance(value, np.ndarray | list | Tensor):
         return Record({**row, "audio": _numbers(value, row.place)}, row.place)
     samples, rate = _decode(value, folder, row.place)
     return Record({**row, "audio": samples, "sample_rate": rate}, row.place)
@@ -36,7 +37,8 @@ def decoded(row: Record, folder: Path | None) -> Record:
 
 def _numbers(value: Any, place: str) -> np.ndarray:
     try:
-        return np.asarray(value, dtype=np.float32)
+        plain = value.numpy(force=True) if isinstance(value, Tensor) else value
+        return np.asarray(plain, dtype=np.float32)
     except (TypeError, ValueError) as error:
         what = f"The samples of the clip are no numbers: {error}."
         raise DataError(what, place=place, remedy="Give bytes, a path or samples.", code="LW-D32") from error

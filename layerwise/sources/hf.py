@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import ModelFormatError, UsageError, missing_dependency
-from layerwise.heads import PooledEncoder
-from layerwise.hugging import is_bare, reads_text_only
+from layerwise.heads import PooledEncoder, PooledFrames
+from layerwise.hugging import hears_waveforms, is_bare, reads_text_only
 from layerwise.quiet import silence_import_noise
 from layerwise.source import SOURCES, ModelSource, Opened, Source
 from layerwise.sources._parts import FRESH, seeded, with_options
@@ -168,13 +168,15 @@ def _refuse(report: Mapping[str, Any], where: Path) -> None:
 
 
 def _wrapped(module: Any) -> nn.Module:
-    """A bare text encoder gives hidden states, one per token: pooled. What has a head of its own stays as it is."""
+    """A bare encoder of text or speech gives hidden states, one per token or frame: pooled. What has a head stays as it is."""
     if module.config.pad_token_id is None and module.config.eos_token_id is not None:
         # classifiers on decoders look for the last token that is no padding; set afterwards, so that no embedding is frozen by it
         end = module.config.eos_token_id
         module.config.pad_token_id = end[0] if isinstance(end, list) else end
-    pooled = is_bare(module) and reads_text_only(module) and not module.config.is_encoder_decoder
-    return PooledEncoder(module).eval() if pooled else module
+    if not is_bare(module) or module.config.is_encoder_decoder:
+        return module
+    wrapper = PooledEncoder if reads_text_only(module) else PooledFrames if hears_waveforms(module) else None
+    return module if wrapper is None else wrapper(module).eval()
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from layerwise.adapters._audio import AudioFeatures
 from layerwise.adapters.audio import AudioModalityAdapter
 from layerwise.benchmark.audio import log_mel
 from layerwise.errors import DataError, UsageError
-from layerwise.heads import EncoderWithHead
-from layerwise.loading import load_data
+from layerwise.heads import EncoderWithHead, fit_head
+from layerwise.loading import load, load_data
 from layerwise.model import UniversalModel
+from layerwise.source import SOURCES
 from layerwise.task import Classification, Fidelity, LanguageModelling, Task, token_mask
 
 CONV: dict[str, Any] = {"conv_dim": (8, 8, 8), "conv_kernel": (10, 3, 3), "conv_stride": (5, 2, 2), "num_feat_extract_layers": 3}
@@ -190,6 +191,28 @@ def test_frames_of_padding_are_left_out_of_a_layers_mean() -> None:
     want = model.module.wav2vec2._get_feat_extract_output_lengths(torch.tensor([3000, 8000]))  # type: ignore[union-attr,operator]
     assert (kept - want).abs().max() <= 1
     assert kept[1] == 399
+
+
+def test_a_bare_encoder_is_pooled_over_its_sound_and_gets_a_head(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    bare = speech("Wav2Vec2Model", feat_extract_norm="layer", do_stable_layer_norm=True)
+    bare.save_pretrained(tmp_path)  # type: ignore[operator]
+    model = load(f"hf:{tmp_path}")
+    assert model.adapter.fidelity(model.module) == Fidelity("cosine")
+    clips = [
+        {"audio": clip, "sample_rate": 16000, "label": i % 2} for i, clip in enumerate([NOISE[:3000], TONE, NOISE, TONE[:4000]])
+    ]
+    data = load_data(clips, model)
+    output = model.predict(data[0])
+    assert output.shape == (4, 16)
+    alone = model.predict(model.adapter.collate(clips[:1]))
+    torch.testing.assert_close(output[:1], alone, rtol=0, atol=0.02)  # one frame on the border
+    torch.testing.assert_close(alone, bare(**model.adapter.collate(clips[:1]).kwargs)[0].mean(1))
+    headed = fit_head(model, data)
+    assert headed.predict(data[0]).shape == (4, 2)
+    assert headed.adapter.modality == "audio"
+    built = SOURCES[headed.source.kind]().build(headed.source)  # type: ignore[union-attr]
+    built.load_state_dict(headed.module.state_dict())
 
 
 def test_torchaudio_is_told_the_lengths() -> None:
