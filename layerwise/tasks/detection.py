@@ -22,6 +22,7 @@ from layerwise.tasks._boxes import corners, generalized_iou, matched
 from layerwise.tasks._contract import TASKS, Evidence, Figures, Task
 
 L1, GIOU = 5.0, 2.0  # DETR's weights, in the matching and in the loss
+ALPHA = 0.25  # the focal loss's weight of a "yes"
 EMPTY = 0.1  # DETR's weight of a query that should say "no object"
 MOST = 100  # boxes per image that mAP looks at, as COCO does
 MEASURED = {"map": "map", "map_50": "map_50", "map_75": "map_75", "mar_100": "mar_100"}
@@ -31,18 +32,22 @@ MEASURED = {"map": "map", "map_50": "map_50", "map_75": "map_75", "mar_100": "ma
 @dataclass(frozen=True)
 class Detection(Task):
     """The forward gives ``logits`` ``(samples, queries, C + 1)``, the last class "no object", and ``pred_boxes``
-    ``(samples, queries, 4)``: centre x, centre y, width, height as shares of the image. They are packed side by side.
+    ``(samples, queries, 4)``: centre x, centre y, width, height as shares of the image. They are packed side by side. With
+    `sigmoid` the logits are ``(samples, queries, C)``, one yes or no per class (Deformable DETR).
 
     Labels: ``(samples, objects, 5)``, class and box of each; rows with class −1 are padding. Loss: DETR's, per image: cross
     entropy (nats; "no object" with weight 0.1) + 5 · L1 + 2 · (1 − GIoU), boxes per object, after the matching of least cost.
+    With `sigmoid` the focal loss per object (α ¼, γ 2) takes the place of the cross entropy, as in Deformable DETR.
+
     Metrics, by torchmetrics: ``map`` (mean over IoU 0.5 … 0.95), ``map_50``, ``map_75``, and ``mar_100``, the mean recall of 100
     boxes. The divergence of such packed outputs (``layer_ablation(metric=kl)``) means nothing: use the loss.
 
     References
     ----------
-    Carion et al. (2020), "End-to-end object detection with transformers".
+    Carion et al. (2020), "End-to-end object detection with transformers"; Zhu et al. (2021), "Deformable DETR".
     """
 
+    sigmoid: bool = False
     name: ClassVar[str] = "detection"
     quality: ClassVar[str] = "map"
     higher_is_better: ClassVar[bool] = True
@@ -69,18 +74,27 @@ class Detection(Task):
         return self._losses(output, batch)
 
     def evidence(self, output: Tensor, batch: Batch) -> Evidence:
-        """Boxes (samples, queries, 6): corners, score, class; objects (samples, most objects, 5): class and corners."""
+        """Boxes (samples, answers, 6): corners, score, class; objects (samples, most objects, 5): class and corners."""
         objects = self._objects(output, batch)
-        scores, classes = output[..., :-4].float().softmax(-1)[..., :-1].max(-1)
-        answers = torch.cat([corners(output[..., -4:].float()), scores[..., None], classes[..., None].float()], -1)
+        scores, classes, queries = self._best(output[..., :-4].float())
+        boxes = corners(output[..., -4:].float()).gather(1, queries[..., None].expand(-1, -1, 4))
+        answers = torch.cat([boxes, scores[..., None], classes[..., None].float()], -1)
         return {"answers": answers, "objects": torch.cat([objects[..., :1], corners(objects[..., 1:])], -1)}
 
     def overall(self, evidence: Evidence) -> dict[str, float]:
         answers, objects = (evidence[name].cpu() for name in ("answers", "objects"))
         return average_precisions(list(answers), [o[o[:, 0] >= 0] for o in objects])
 
+    def _best(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores, classes and queries of the answers, (samples, answers) each: one per query, or the likeliest pairs of both."""
+        if not self.sigmoid:
+            scores, classes = logits.softmax(-1)[..., :-1].max(-1)
+            return scores, classes, torch.arange(logits.shape[1], device=logits.device).expand_as(classes)
+        scores, places = logits.sigmoid().flatten(1).topk(min(MOST, logits[0].numel()))
+        return scores, places % logits.shape[2], places // logits.shape[2]
+
     def check(self, batch: Batch, output: Tensor) -> None:
-        labels, classes = batch.labels, output.shape[-1] - 5
+        labels, classes = batch.labels, output.shape[-1] - (4 if self.sigmoid else 5)
         if not isinstance(labels, Tensor) or labels.device.type != "cpu" or labels.dim() != 3:
             return
         wrong = labels[..., 0] >= classes
@@ -105,23 +119,48 @@ class Detection(Task):
 
     def _losses(self, output: Tensor, batch: Batch) -> Tensor:
         objects = self._objects(output, batch)
-        return torch.stack(
-            [_loss(o[:, :-4].float(), o[:, -4:].float(), t[t[:, 0] >= 0]) for o, t in zip(output, objects, strict=True)]
-        )
+        images = zip(output[..., :-4].float(), output[..., -4:].float(), objects, strict=True)
+        return torch.stack([_loss(logits, boxes, each[each[:, 0] >= 0], self.sigmoid) for logits, boxes, each in images])
 
 
-def _loss(logits: Tensor, boxes: Tensor, objects: Tensor) -> Tensor:
-    """One image: logits (queries, C + 1), boxes (queries, 4), objects (n, 5)."""
+def _loss(logits: Tensor, boxes: Tensor, objects: Tensor, sigmoid: bool) -> Tensor:
+    """One image: logits (queries, classes), boxes (queries, 4), objects (n, 5)."""
     classes, truth = objects[:, 0].long(), objects[:, 1:]
     overlap = generalized_iou(corners(boxes), corners(truth))
-    cost = L1 * torch.cdist(boxes, truth, p=1) - logits.softmax(-1)[:, classes] - GIOU * overlap
-    queries, found = matched(cost)
+    cost, loss = (_focal_cost, _focal_loss) if sigmoid else (_categorical_cost, _categorical_loss)
+    queries, found = matched(L1 * torch.cdist(boxes, truth, p=1) + cost(logits, classes) - GIOU * overlap)
+    boxed = L1 * (boxes[queries] - truth[found]).abs().sum() + GIOU * (1 - overlap[queries, found]).sum()
+    count = max(len(objects), 1)
+    return loss(logits, queries, classes[found], count) + boxed / count
+
+
+def _categorical_cost(logits: Tensor, classes: Tensor) -> Tensor:
+    return -logits.softmax(-1)[:, classes]
+
+
+def _categorical_loss(logits: Tensor, queries: Tensor, classes: Tensor, objects: int) -> Tensor:
+    """One class per query, the last of them "no object", which is what queries without an object should say."""
     wanted = torch.full((len(logits),), logits.shape[-1] - 1, device=logits.device)
-    wanted[queries] = classes[found]
+    wanted[queries] = classes
     weights = torch.ones(logits.shape[-1], device=logits.device)
     weights[-1] = EMPTY
-    boxed = L1 * (boxes[queries] - truth[found]).abs().sum() + GIOU * (1 - overlap[queries, found]).sum()
-    return F.cross_entropy(logits, wanted, weights) + boxed / max(len(objects), 1)
+    return F.cross_entropy(logits, wanted, weights)
+
+
+def _focal_cost(logits: Tensor, classes: Tensor) -> Tensor:
+    p = logits.sigmoid()
+    yes, no = ALPHA * (1 - p) ** 2 * -(p + 1e-8).log(), (1 - ALPHA) * p**2 * -(1 - p + 1e-8).log()
+    return (yes - no)[:, classes]
+
+
+def _focal_loss(logits: Tensor, queries: Tensor, classes: Tensor, objects: int) -> Tensor:
+    """One yes or no per query and class, per object; what is easily told hardly counts (Lin et al., 2017)."""
+    wanted = torch.zeros_like(logits)
+    wanted[queries, classes] = 1
+    p = logits.sigmoid()
+    right, weight = torch.where(wanted > 0, p, 1 - p), torch.where(wanted > 0, ALPHA, 1 - ALPHA)
+    entropies = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+    return (weight * (1 - right) ** 2 * entropies).sum() / objects
 
 
 def average_precisions(answers: list[Tensor], objects: list[Tensor]) -> dict[str, float]:

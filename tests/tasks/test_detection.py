@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,6 +56,34 @@ def test_the_loss_of_an_image_is_that_of_transformers() -> None:
             wanted = module(images[i : i + 1], labels=[target]).loss
             found = task.losses(task.reads(module(images[i : i + 1])), Batch((images[i : i + 1],), {}, objects[i : i + 1]), None)
             assert float(found[0]) == pytest.approx(float(wanted), rel=1e-5), f"{len(real)} objects"
+
+
+def test_with_one_yes_or_no_per_class_it_is_that_of_deformable_detr() -> None:
+    from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
+
+    config = SimpleNamespace(
+        class_cost=1, bbox_cost=5, giou_cost=2, num_labels=3, focal_alpha=0.25, auxiliary_loss=False,
+        bbox_loss_coefficient=5, giou_loss_coefficient=2,
+    )  # fmt: skip
+    output, objects = scenes(4)
+    found, _ = Detection(sigmoid=True).losses(output, Batch((output,), {}, objects), None)
+    for i in range(4):
+        real = objects[i][objects[i, :, 0] >= 0]
+        target = {"class_labels": real[:, 0].long(), "boxes": real[:, 1:]}
+        wanted, *_ = DeformableDetrForObjectDetectionLoss(
+            output[i : i + 1, :, :3], [target], "cpu", output[i : i + 1, :, 3:], config
+        )
+        assert float(found[i]) == pytest.approx(float(wanted), rel=1e-5), f"{len(real)} objects"
+
+
+def test_with_one_yes_or_no_per_class_a_query_may_answer_several_times() -> None:
+    logits = torch.full((12, 2, 3), -9.0)
+    logits[:, 0, 0], logits[:, 0, 1] = 9.0, 8.0  # the same box is both
+    boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.2, 0.2, 0.1, 0.1]]).expand(12, -1, -1)
+    objects = torch.tensor([[0.0, 0.5, 0.5, 0.2, 0.2], [1.0, 0.5, 0.5, 0.2, 0.2]]).expand(12, -1, -1)
+    output = torch.cat([logits, boxes], -1)
+    means = evaluated(Detection(sigmoid=True), output, Batch((output,), {}, objects)).means()
+    assert means["map"] == pytest.approx(1.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("sizes", SPLITS)
