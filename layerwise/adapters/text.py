@@ -61,7 +61,7 @@ class TextModalityAdapter(ModalityAdapter):
         vocabulary = tokens_of(inner)
         return cls(
             vocabulary=vocabulary,
-            longest=longest(inner.config, tokenizer),
+            longest=_places(inner, longest(inner.config, tokenizer)),
             pad=filler(inner.config, tokenizer, vocabulary),
             start=start(inner.config, vocabulary) if is_sequence_to_sequence(inner) else None,
             causal=inner is module and is_causal(inner),
@@ -228,6 +228,17 @@ class TextModalityAdapter(ModalityAdapter):
     def save(self, folder: Path) -> None:
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
+
+
+def _places(module: Any, most: int | None) -> int | None:
+    """`most`, less the rows of a position table that are kept for padding: RoBERTa counts from behind its padding id."""
+    table, tokens = getattr(module.config, "max_position_embeddings", None), module.get_input_embeddings()
+    kept = [m.padding_idx + 1 for m in module.modules() if _counts(m, table) and m is not tokens]
+    return most if most is None or not kept else min(most, int(table or 0) - max(kept))
+
+
+def _counts(module: nn.Module, rows: int | None) -> bool:
+    return isinstance(module, nn.Embedding) and module.num_embeddings == rows and module.padding_idx is not None
 
 
 def _caches(module: Any) -> bool:

@@ -143,6 +143,35 @@ def test_each_stack_of_a_translator_has_its_own_padding() -> None:
             torch.testing.assert_close(together, pooled(alone, layer, seen[layer.name][1]), rtol=1e-5, atol=1e-6)
 
 
+def roberta() -> nn.Module:
+    return tf.XLMRobertaModel(tf.XLMRobertaConfig(**ENCODER, max_position_embeddings=22, pad_token_id=1))
+
+
+def qwen() -> nn.Module:
+    return tf.Qwen3ForCausalLM(tf.Qwen3Config(**ENCODER, num_key_value_heads=2, head_dim=8, max_position_embeddings=20))
+
+
+def opt() -> nn.Module:
+    sizes = {"hidden_size": 16, "ffn_dim": 32, "word_embed_proj_dim": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return tf.OPTForCausalLM(tf.OPTConfig(**sizes, vocab_size=60, max_position_embeddings=20))
+
+
+def bart() -> nn.Module:
+    return tf.BartForConditionalGeneration(tf.BartConfig(**BART, max_position_embeddings=20))
+
+
+@pytest.mark.parametrize("build", [roberta, qwen, opt, bart, gpt2])
+def test_the_longest_text_fits_and_padding_changes_nothing(build: Any) -> None:
+    torch.manual_seed(0)
+    model = UniversalModel(build().eval())
+    longest = model.adapter.longest  # type: ignore[attr-defined]
+    assert longest in (12, 20)
+    short = {"input_ids": [6, 7, 8, 2]}
+    output = model.predict(model.adapter.collate([{"input_ids": [5] * 40}, short]))
+    assert output.shape[1] == longest
+    torch.testing.assert_close(output[1:, :4], model.predict(model.adapter.collate([short]))[:, :4], rtol=1e-4, atol=1e-5)
+
+
 def test_a_decoder_gets_no_more_than_the_model_takes() -> None:
     adapter = dataclasses.replace(adapter_for(t5()), longest=4)  # type: ignore[type-var]  # every adapter is a dataclass
     batch = adapter.collate([{"input_ids": [5, 6, 7, 8, 9]}])
