@@ -97,9 +97,8 @@ def _layers(model: UniversalModel, batch: Batch, layers: Sequence[Layer], found:
     missing = uses.outside(layers)
     if len(layers) < LEAST_LAYERS:
         return f"{len(layers)} layer was found"
-    inside = [id(p) for layer in layers for p in layer.module.parameters()]  # one activation may well serve all of them
-    if len(inside) != len(set(inside)):
-        return "layers overlap"
+    if any(layer.module in set(other.module.modules()) for layer in layers for other in layers if layer is not other):
+        return "layers overlap"  # a part that several of them call (an activation, a position encoding) is in each of them
     if _disordered(uses, layers):
         return "layers are not in the order in which they run"
     if found.share < LEAST_SHARE:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from layerwise.benchmark.architectures.enlivened import enliven_
 from layerwise.benchmark.catalogue import GROUPS, examined
 from layerwise.benchmark.coverage import judge
 from layerwise.benchmark.coverage_page import page, passed
@@ -64,6 +65,27 @@ def test_layers_out_of_order_and_layers_that_overlap_are_found() -> None:
     assert failures(model)["layers"] == "layers are not in the order in which they run"
     model._layers = [first, second, *rest, replace(first, index=len(rest) + 2, name="blocks.0.up", module=first.module.up)]
     assert failures(model)["layers"] == "layers overlap"
+
+
+def test_a_part_that_two_layers_call_is_no_overlap() -> None:
+    model = model_of(ResidualNet())
+    model.module.blocks[0].up = model.module.blocks[1].up
+    assert "layers" not in failures(UniversalModel(model.module, example=vectors()(2)))
+
+
+def test_zeros_and_unseen_batch_normalizations_are_enlivened() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    nn.init.zeros_(net[2].weight)
+    before = net[0].weight.clone()
+    batch = Batch((100 * torch.randn(64, 8),))
+    enliven_(net, batch)
+    assert net[2].weight.any()
+    assert torch.equal(net[0].weight, before)
+    assert not net.training
+    assert not net[1].training
+    assert net[1].momentum == 0.1
+    with torch.no_grad():
+        assert net[:2](*batch.args).std() == pytest.approx(1, abs=0.05)
 
 
 def test_a_single_layer_is_too_few() -> None:

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerwise.benchmark.architectures.enlivened import enliven_
 from layerwise.benchmark.architectures.made import Group, Made, first_that_runs, noise
 from layerwise.data import Batch
 
 TABLE = Path(__file__).with_name("timm_small.json")
 LARGE, DEPTH = 100_000_000, 6  # parameters from which on only so many blocks are asked for, where the model lets one ask
+SEEN = 8  # images that the batch normalizations take their statistics from
 SIDES = (64, 96, 128, 160, 192, 224, 256)
 
 
@@ -67,7 +69,9 @@ def _parameters(name: str) -> int:
 def _built(name: str, channels: int, side: int, settings: Mapping[str, Any]) -> tuple[nn.Module, Batch]:
     import timm
 
-    return timm.create_model(name, pretrained=False, **settings), Batch((noise(2, channels, side, side),))
+    module = timm.create_model(name, pretrained=False, **settings)
+    enliven_(module, Batch((noise(SEEN, channels, side, side, seed=1),)))
+    return module, Batch((noise(2, channels, side, side),))
 
 
 GROUP = Group("timm", lambda: list(table().values()), make, lambda name: ("image classification",))
