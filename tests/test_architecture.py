@@ -15,7 +15,7 @@ from layerwise.adapters.text import TextModalityAdapter
 from layerwise.adapters.vision import VisionModalityAdapter
 from layerwise.architecture import Architecture, ArchitectureDetector
 from tests.adapters.test_audio import masked, whisper
-from tests.adapters.test_multimodal import clip
+from tests.adapters.test_multimodal import clip, llava
 from tests.adapters.test_text import bart_classifier, bert, gpt2, t5
 from tests.models import CASES
 
@@ -63,6 +63,7 @@ FOUND: dict[str, tuple[Any, Any, Architecture, str]] = {
     "gpt2": (gpt2, None, Architecture.TRANSFORMER, "text"),
     "wav2vec2": (masked, None, Architecture.TRANSFORMER, "audio"),
     "clip": (clip, None, Architecture.TRANSFORMER, "multimodal"),
+    "llava": (llava, None, Architecture.TRANSFORMER, "multimodal"),  # its second stack shares a table of positions
     "squeezenet": (squeezenet1_1, None, Architecture.CNN, "vision"),
     "convnext": (CASES["convnext"].build, CASES["convnext"].batch(2), Architecture.CNN, "vision"),
     "lstm": (Recurrent, SEQUENCE[..., :8], Architecture.RNN, "other"),
