@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from layerwise.errors import UsageError, nearest
 from layerwise.native.cache import VeinCache
 from layerwise.native.masks import Visible, visible
-from layerwise.native.projector import VeinProjector
+from layerwise.native.projector import VeinProjector, vein_of
 from layerwise.native.rotary import rates, rotated
 
 
@@ -89,7 +89,8 @@ class TVAAttention(nn.Module):
         or (B, keys), by default 0, 1, …) speak of all that were seen; the new ones are added to it.
         """
         queries = h.shape[1]
-        stored, q = self.core.read(h, projector or self.projector)
+        vein = projector or self.projector
+        stored, q = self.core.read(h, vein)
         if cache is None:
             stored = self.core.turned(stored, positions, queries)
         else:
@@ -104,7 +105,7 @@ class TVAAttention(nn.Module):
         else:
             k, v = self.core.expanded(stored, positions, total)
             mixed = attend(q, k, v, seen, self.scale)
-        return self.core.mixed(seen.cleared(mixed), projector or self.projector)
+        return self.core.mixed(seen.cleared(mixed), vein)
 
     def new_cache(self) -> VeinCache:
         """An empty cache that fits."""
@@ -146,17 +147,20 @@ class LatentScope(nn.Module):
         self.absorbs = rope is None
 
     def read(self, h: Tensor, projector: VeinProjector | None) -> tuple[Tensor, Tensor]:
-        assert projector is not None  # the attention's own, or the one of the call
-        z = projector(h)
+        """What is stored of the tokens (B, T, width), and their queries (B, H, T, r), both without positions."""
+        z = vein_of(projector, None)(h)
         return z, split(self.query(z), self.heads)
 
     def turned(self, stored: Tensor, positions: Tensor | None, total: int) -> Tensor:
-        return stored  # z has no position: what it becomes does
+        """What goes into the cache, with positions where it has them: z has none, the keys that it becomes do."""
+        return stored
 
     def placed(self, q: Tensor, positions: Tensor | None, total: int) -> Tensor:
+        """Queries or keys turned by the last of the `total` positions, where positions are rotary."""
         return q if self.rates is None else rotated(q, last(positions, q.shape[2], total, q.device), self.rates)
 
     def expanded(self, stored: Tensor, positions: Tensor | None, total: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, kv heads, keys, r) of what is stored."""
         k, v = split(self.key(stored), self.kv_heads), split(self.value(stored), self.kv_heads)
         return self.placed(k, positions, total), v
 
@@ -173,8 +177,8 @@ class LatentScope(nn.Module):
         return (mixed.reshape(B, self.kv_heads, -1, T, r) @ value.mT).reshape(B, H, T, r)
 
     def mixed(self, heads: Tensor, projector: VeinProjector | None) -> Tensor:
-        assert projector is not None  # as in read
-        return projector.reconstruct(self.mix(joined(heads)))
+        """What the heads gave (B, H, T, r), mixed into (B, T, d)."""
+        return vein_of(projector, None).reconstruct(self.mix(joined(heads)))
 
 
 class HeadScope(nn.Module):
@@ -204,25 +208,30 @@ class HeadScope(nn.Module):
         self.register_buffer("rates", None if rope is None else rates(rank, rope).float(), persistent=False)
 
     def read(self, h: Tensor, projector: VeinProjector | None) -> tuple[Tensor, Tensor]:
+        """As in `LatentScope`: stored are keys and values, projected."""
         k = split(self.key(h), self.kv_heads) @ self.vein.mT
         v = split(self.value(h), self.kv_heads) @ self.value_vein.mT
         q = (split(self.query(h), self.heads).unflatten(1, (self.kv_heads, -1)) @ self.vein.mT[:, None]).flatten(1, 2)
         return joined(torch.cat((k, v), 1)), q
 
     def turned(self, stored: Tensor, positions: Tensor | None, total: int) -> Tensor:
+        """The keys turned by their positions, before they are cached."""
         if self.rates is None:
             return stored
         k, v = split(stored, 2 * self.kv_heads).chunk(2, 1)
         return joined(torch.cat((self.placed(k, positions, total), v), 1))
 
     def placed(self, q: Tensor, positions: Tensor | None, total: int) -> Tensor:
+        """Queries or keys turned by the last of the `total` positions, where positions are rotary."""
         return q if self.rates is None else rotated(q, last(positions, q.shape[2], total, q.device), self.rates)
 
     def expanded(self, stored: Tensor, positions: Tensor | None, total: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, kv heads, keys, r) of what is stored."""
         k, v = split(stored, 2 * self.kv_heads).chunk(2, 1)
         return k, v
 
     def mixed(self, heads: Tensor, projector: VeinProjector | None) -> Tensor:
+        """What the heads gave, back to d_h numbers each, and mixed."""
         wide = (heads.unflatten(1, (self.kv_heads, -1)) @ self.value_vein[:, None]).flatten(1, 2)
         return self.out(joined(wide))
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.errors import UsageError
-from layerwise.native.projector import VeinProjector
+from layerwise.native.projector import VeinProjector, vein_of
 
 LOWEST, HIGHEST, STEP = 0.05, 0.35, 0.05  # of the policy that adapts τ to a load
 
@@ -52,9 +52,7 @@ class NormalCompensator(nn.Module):
         is_causal: bool = False,
     ) -> Tensor:
         """`rate` is ε of h, (B, T), where the caller has it already. `key_padding` (B, T) is used by `fraction` only."""
-        vein = projector or self.projector
-        if vein is None:
-            raise UsageError("The compensator knows no vein.", remedy="Give projector=, here or when it is made.")
+        vein = vein_of(projector, self.projector)
         if not self.s:
             return torch.zeros_like(h)
         rate = vein.off_plane(h)[0] if rate is None else rate

@@ -25,7 +25,7 @@ from layerwise.data import Data
 from layerwise.errors import UsageError
 from layerwise.model import UniversalModel
 from layerwise.native.dense import Dense, dense_attention, matrix, narrowed
-from layerwise.native.gram import gathered
+from layerwise.native.gram import fewest, gathered
 from layerwise.structure import Layer
 
 LEAST, MOST = 0.5, 2.0  # a layer's rank by its score, as multiples of the rank asked for
@@ -159,14 +159,6 @@ def _shares(blocks: list[Layer], scores: Mapping[str, float] | None) -> dict[str
     return {b.name: min(max(max(scores[b.name], 0.0) / mean, LEAST), MOST) for b in blocks}
 
 
-def fewest(values: Tensor, energy: float) -> int:
-    """How many of the descending `values` make up the share `energy` of their sum; all of them for 1."""
-    if energy >= 1:
-        return len(values)
-    share = values.clamp_min(0).cumsum(0) / values.clamp_min(0).sum().clamp_min(torch.finfo(values.dtype).tiny)
-    return min(len(values), int((share < energy).sum()) + 1)
-
-
 def m_in(module: nn.Module) -> int:
     """Inputs of a matrix module."""
     return int(matrix(module).shape[1])  # type: ignore[union-attr]  # asked for matrices only
@@ -196,4 +188,4 @@ def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return made
 
 
-__all__ = ["Conversion", "convert_to_tva", "fewest", "in_two"]
+__all__ = ["Conversion", "convert_to_tva", "in_two"]

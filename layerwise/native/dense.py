@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerwise.native.gram import fewest
+
 Grams = Mapping[str, Tensor]
 
 
@@ -87,8 +89,6 @@ class Subspaces:
         """`wanted`, at most the whole head and even where pairs turn; or the fewest with the share `energy` in every head."""
         size = self.scores.values.shape[1]
         if wanted is None:
-            from layerwise.native.convert import fewest
-
             wanted = max(fewest(v, energy) for part in (self.scores, self.content) for v in part.values)
         return min(size, wanted + wanted % 2 if self.turned else wanted)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.errors import UsageError, nearest
-from layerwise.native.projector import VeinProjector
+from layerwise.native.projector import VeinProjector, vein_of
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
@@ -46,8 +46,7 @@ class VFTFeedForward(nn.Module):
 
     def forward(self, x: Tensor, *, z: Tensor | None = None, projector: VeinProjector | None = None) -> Tensor:
         """`z` is Vx where the caller has it already."""
-        vein = projector or self.projector
-        assert vein is not None  # shared: the caller gives it
+        vein = vein_of(projector, self.projector)
         inner = self.down(ACTIVATIONS[self.act](self.up(vein(x) if z is None else z)))
         y = vein.reconstruct(inner)
         return y if self.stabilizer is None else y + self.stabilizer(x)

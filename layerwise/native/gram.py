@@ -49,4 +49,12 @@ def gathered(
     return sums
 
 
-__all__ = ["gathered"]
+def fewest(values: Tensor, energy: float) -> int:
+    """How many of the descending `values` make up the share `energy` of their sum; all of them for 1."""
+    if energy >= 1:
+        return len(values)
+    share = values.clamp_min(0).cumsum(0) / values.clamp_min(0).sum().clamp_min(torch.finfo(values.dtype).tiny)
+    return min(len(values), int((share < energy).sum()) + 1)
+
+
+__all__ = ["fewest", "gathered"]

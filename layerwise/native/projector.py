@@ -105,6 +105,14 @@ class VeinProjector(nn.Module):
         return f"{self.d_model}, {self.rank}, tied={self.tied}, orthogonal={self.orthogonal}"
 
 
+def vein_of(given: VeinProjector | None, own: VeinProjector | None) -> VeinProjector:
+    """The projector of the call, or the part's own. Raises `UsageError` where there is neither."""
+    found = own if given is None else given
+    if found is None:
+        raise UsageError("This part shares the projector of its block and was given none.", remedy="Call it with projector=.")
+    return found
+
+
 def orthonormal_rows(matrix: Tensor) -> Tensor:
     """The rows of (r, d) made orthonormal without leaving their span: L⁻¹W with LLᵀ = WWᵀ, differentiable."""
     exact = matrix if matrix.dtype == torch.float64 else matrix.float()
@@ -118,4 +126,4 @@ def _factor(gram: Tensor) -> Tensor:
     return torch.linalg.cholesky(gram + lift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
 
 
-__all__ = ["VeinProjector", "orthonormal_rows"]
+__all__ = ["VeinProjector", "orthonormal_rows", "vein_of"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import UsageError
-from layerwise.native import NormalCompensator, VeinProjector, adapt_threshold_
+from layerwise.native import AttentionOptions, NormalCompensator, TVAAttention, VeinProjector, VFTFeedForward, adapt_threshold_
 
 D, R = 16, 4
 
@@ -116,8 +116,14 @@ def test_a_causal_model_must_not_choose_a_fraction() -> None:
 
 
 def test_without_a_vein_it_says_so() -> None:
-    with pytest.raises(UsageError, match="projector="):
-        NormalCompensator(D)(tokens())
+    shared = (
+        NormalCompensator(D),
+        VFTFeedForward(D, R, shared=True),
+        TVAAttention(D, 2, R, options=AttentionOptions(shared=True)),
+    )
+    for part in shared:
+        with pytest.raises(UsageError, match="projector="):
+            part.double()(tokens())
 
 
 @pytest.mark.parametrize("wrong", [{"s": -1}, {"temperature": 0.0}, {"fraction": 1.5}])

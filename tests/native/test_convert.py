@@ -14,7 +14,8 @@ from torch import nn
 from layerwise.data import Batch
 from layerwise.errors import UsageError
 from layerwise.native import AttentionOptions, Conversion, TVAAttention, convert_to_tva
-from layerwise.native.convert import fewest, in_two
+from layerwise.native.convert import in_two
+from layerwise.native.gram import fewest
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 60,
