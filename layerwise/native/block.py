@@ -91,7 +91,9 @@ class VFTBlock(nn.Module):
         x = x + F.dropout(self.feed_forward(h, z=z, projector=vein), self.dropout, self.training)
         if not self.compensator.s:
             return x
-        return x + self.compensator(h, rate=rate, projector=vein, key_padding=key_padding, is_causal=is_causal)
+        ready = None if cache is None else cache.once("normals", lambda: self.compensator.directions(vein))
+        near: dict[str, Any] = {"rate": rate, "projector": vein, "directions": ready}
+        return x + self.compensator(h, key_padding=key_padding, is_causal=is_causal, **near)
 
     def new_cache(self) -> VeinCache:
         """An empty cache that fits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -28,6 +29,7 @@ class VeinCache:
         self.window, self.capacity = window, capacity
         self.length = self.start = self.stop = 0
         self._buffer: Tensor | None = None
+        self._made: dict[str, Tensor] = {}
 
     @property
     def kept(self) -> int:
@@ -65,6 +67,12 @@ class VeinCache:
         if old is not None:
             buffer[:, : self.kept] = old
         self._buffer, self.start, self.stop = buffer, 0, self.kept
+
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What depends on the weights alone, made at the first token: they do not change while a cache is in use."""
+        if name not in self._made:
+            self._made[name] = make().detach()
+        return self._made[name]
 
     def reorder_(self, order: Tensor) -> None:
         """Row i becomes what row ``order[i]`` was: for beams."""

@@ -50,18 +50,33 @@ class NormalCompensator(nn.Module):
         projector: VeinProjector | None = None,
         key_padding: Tensor | None = None,
         is_causal: bool = False,
+        directions: Tensor | None = None,
     ) -> Tensor:
-        """`rate` is ε of h, (B, T), where the caller has it already. `key_padding` (B, T) is used by `fraction` only."""
+        """`rate` is ε of h, (B, T), and `directions` what `directions` gives, where the caller has them already.
+
+        `key_padding` (B, T) is used by `fraction` only.
+        """
         vein = vein_of(projector, self.projector)
         if not self.s:
             return torch.zeros_like(h)
         rate = vein.off_plane(h)[0] if rate is None else rate
         chosen = self.chosen(rate, key_padding, is_causal)
+        directions = self.directions(vein) if directions is None else directions
         if self.training:
             gate = torch.sigmoid((rate - self.tau) / self.temperature)
-            return self._correction(h, vein) * torch.where(chosen, gate, 0.0)[..., None].to(h.dtype)
-        open_ = chosen & (rate > self.tau)
-        return torch.zeros_like(h).index_put((open_,), self._correction(h[open_], vein))
+            return self._correction(h, directions) * torch.where(chosen, gate, 0.0)[..., None].to(h.dtype)
+        (open_,) = (chosen & (rate > self.tau)).flatten().nonzero(as_tuple=True)
+        if len(open_) == rate.numel():
+            return self._correction(h, directions)
+        rows = h.reshape(-1, h.shape[-1])
+        return torch.zeros_like(rows).index_copy(0, open_, self._correction(rows[open_], directions)).view_as(h)
+
+    def directions(self, vein: VeinProjector) -> Tensor:
+        """u and v made normal to the vein, (2s, d): they change with the weights only.
+
+        I − P is symmetric, ⟨v, (I − P)h⟩ = ⟨(I − P)v, h⟩, so that these few are projected and not the many tokens.
+        """
+        return vein.normal(torch.cat((self.u, self.v)))
 
     def chosen(self, rate: Tensor, key_padding: Tensor | None, is_causal: bool) -> Tensor:
         """Which tokens may be corrected at all, (B, T): everyone, or the `fraction` of each sequence with the largest ε."""
@@ -74,9 +89,8 @@ class NormalCompensator(nn.Module):
         most = max(1, round(self.fraction * rate.shape[1]))
         return ranked >= ranked.topk(most, -1).values[..., -1:]
 
-    def _correction(self, h: Tensor, vein: VeinProjector) -> Tensor:
-        # I − P is symmetric: ⟨v, (I − P)h⟩ = ⟨(I − P)v, h⟩, so that the few directions are projected and not the many tokens
-        u, v = vein.normal(torch.cat((self.u, self.v))).chunk(2)
+    def _correction(self, h: Tensor, directions: Tensor) -> Tensor:
+        u, v = directions.chunk(2)
         alpha = 0.5 * torch.sigmoid(self.amount(F.layer_norm(h, h.shape[-1:])))
         return (alpha * F.linear(h, v)) @ u
 
