@@ -84,6 +84,19 @@ def test_an_eval_forward_leaves_no_trace() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_with_a_cache_the_normals_are_made_once_and_give_the_same() -> None:
+    made, given = block(), x()
+    calls: list[int] = []
+    plain = made.compensator.directions
+    made.compensator.directions = lambda vein: calls.append(1) or plain(vein)
+    full = made(given, is_causal=True)
+    assert len(calls) == 1
+    cache = made.new_cache()
+    parts = [made(given[:, i : i + 1], is_causal=True, cache=cache) for i in range(9)]
+    assert len(calls) == 2
+    torch.testing.assert_close(torch.cat(parts, 1), full)
+
+
 def test_the_statistics_are_those_of_the_tensor_that_is_corrected() -> None:
     made, given = block(), x()
     found: list[VeinStatistics] = []
