@@ -90,6 +90,15 @@ def test_fisher_is_the_mean_over_graphs_of_each_ones_squared_gradient() -> None:
     assert {n: s.value for n, s in found.entries.items()} == pytest.approx(totals, rel=1e-4)
 
 
+def test_graphs_of_one_size_in_the_first_batch_do_not_stand_for_the_others() -> None:
+    """Six nodes of two graphs are three each in the first batch, and one and five in the second."""
+    model, _ = subject()
+    molecules = [{"smiles": s, "label": i % 3} for i, s in enumerate(("CCO", "CCN", "C", "CCCCC"))]
+    two, one = (analyze(model, load_data(molecules, model, batch_size=n), "fisher_information") for n in (2, 1))
+    want = {name: score.value for name, score in one.scores["fisher_information"].entries.items()}
+    assert {n: s.value for n, s in two.scores["fisher_information"].entries.items()} == pytest.approx(want, rel=1e-4)
+
+
 def test_contribution_is_over_nodes_without_padding() -> None:
     model, data = subject()
     found = analyze(model, data, ["neuron_activation"]).scores["neuron_activation"].entries
