@@ -62,7 +62,9 @@ class RunConfig(BaseModel):
     image_column: str | None = Field(default=None, description="the column that holds the image or its path")
     audio_column: str | None = Field(default=None, description="the column that holds the sound or its path")
     x_columns: Names = Field(default=(), description="the columns that hold numbers, with commas")
+    smiles_column: str | None = Field(default=None, description="the column that holds molecules as SMILES")
     label_column: str | None = Field(default=None, description="the column that holds the label")
+    label_columns: Names = Field(default=(), description="the columns of several targets, with commas; values may be missing")
     target_column: str | None = Field(default=None, description="the column that holds the text to produce")
     answer_column: str | None = Field(default=None, description="the column that holds the span of the second text to find")
     max_bad_shards: int = Field(default=0, ge=0, le=LARGEST, description="go on without this many damaged files of a data set")
@@ -92,9 +94,10 @@ class RunConfig(BaseModel):
 
     @property
     def columns(self) -> dict[str, str | list[str]] | None:
-        """Role (text, text_pair, image, audio, x, label, target, answer) → column; None when nothing is named."""
+        """Role (text, text_pair, image, audio, x, smiles, label, target, answer) → column or columns; None if none is named."""
         roles = {name.removesuffix("_column"): value for name, value in self if name.endswith("_column") and value}
-        return roles | ({"x": list(self.x_columns)} if self.x_columns else {}) or None
+        several = {"x": list(self.x_columns), "label": list(self.label_columns)}
+        return roles | {role: columns for role, columns in several.items() if columns} or None
 
 
 def load_config(path: str | Path, **flags: Any) -> RunConfig:

@@ -171,8 +171,8 @@ def _check_numbers(limit: int | None, batch_size: int) -> None:
 
 def _batched(table: Table, request: Request, model: UniversalModel | None, batch_size: int, folder: Path | None) -> Data:
     adapter: ModalityAdapter = model.adapter if model is not None else ADAPTERS["tensor"].of(nn.Identity())
-    total = len(table.rows)
     table = with_roles(table, request.columns, keep=adapter.columns)
+    total = len(table.rows)
     table = replace(table, rows=drawn(table.rows, request.limit, request.seed))
     if not table.rows:
         raise empty(table.name)

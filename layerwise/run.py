@@ -34,8 +34,8 @@ Progress = Callable[[int, int], None]
 
 MODEL = ("model", "weights", "head", "task", "device", "seed")
 COLUMNS = (
-    "text_column", "text_pair_column", "image_column", "audio_column", "x_columns", "label_column", "target_column",
-    "answer_column",
+    "text_column", "text_pair_column", "image_column", "audio_column", "x_columns", "smiles_column", "label_column",
+    "label_columns", "target_column", "answer_column",
 )  # fmt: skip
 DATA = ("data", "split", "limit", "batch_size", "max_bad_shards", *COLUMNS)
 EVALUATION = ("eval_data", "eval_split", "eval_limit")

@@ -76,6 +76,7 @@ def test_a_database_password_is_never_written(url: str, kept: str, tmp_path: Pat
 def test_columns_by_role() -> None:
     assert RunConfig().columns is None
     assert RunConfig(text_column="sentence", label_column="y").columns == {"text": "sentence", "label": "y"}
+    assert RunConfig(smiles_column="mol", label_columns=("p", "q")).columns == {"smiles": "mol", "label": ["p", "q"]}
 
 
 def test_a_configuration_is_frozen() -> None:

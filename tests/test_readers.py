@@ -192,8 +192,12 @@ def test_several_targets_may_have_gaps(tmp_path: Path) -> None:
     assert data[0].args[0].tolist() == [[1.0], [2.0], [3.0]], "targets are no features"
     assert str(data[0].labels.tolist()) == "[[1.0, 0.0], [1.0, nan], [nan, 0.5]]"
     assert data.notes == ("2 targets, 2 of 6 values missing",)
-    (tmp_path / "a.csv").write_text("a,p,q\n1,0,1\n2,,\n")
-    with pytest.raises(DataError, match=r"LW-D32 .*row 1 \(line 3\).*None of the target columns"):
+    (tmp_path / "a.csv").write_text("a,p,q\n1,0,1\n2,,\n3,1,1\n")
+    fewer = load_data(tmp_path / "a.csv", columns={"label": ["q", "p"]})
+    assert fewer[0].args[0].tolist() == [[1.0], [3.0]]
+    assert fewer.notes == ("1 rows without a value in any target column were left out",)
+    (tmp_path / "a.csv").write_text("a,p,q\n1,,\n2,,\n")
+    with pytest.raises(DataError, match=r"LW-D32 a\.csv: None of the target columns has a value in any row"):
         load_data(tmp_path / "a.csv", columns={"label": ["q", "p"]})
     (tmp_path / "a.csv").write_text("a,p,q\n1,0,high\n")
     with pytest.raises(DataError, match=r"LW-D32 .*row 0 \(line 2\).*'q' holds 'high'"):

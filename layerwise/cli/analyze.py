@@ -14,7 +14,7 @@ from layerwise.config import RunConfig
 MODEL = ("model", "weights", "head", "task")
 DATA = (
     "data", "split", "limit", "batch_size", "text_column", "text_pair_column", "image_column", "audio_column", "x_columns",
-    "label_column", "target_column", "answer_column", "max_bad_shards",
+    "smiles_column", "label_column", "label_columns", "target_column", "answer_column", "max_bad_shards",
 )  # fmt: skip
 KEYS = (*MODEL, *DATA)
 

@@ -140,17 +140,21 @@ def _with_label(table: Table, taken: Sequence[str], values: Sequence[Any]) -> Ta
 
 
 def _several(table: Table, columns: Sequence[str]) -> Table:
-    """Several targets: ``label`` is a list of numbers, NaN where a value is missing, and a note says how many are."""
-    values = [[_target(row, column, table) for column in columns] for row in table.rows]
-    gaps = sum(math.isnan(v) for row in values for v in row)
-    for row, found in zip(table.rows, values, strict=True):
-        if all(math.isnan(v) for v in found):
-            what, remedy = "None of the target columns has a value.", "Give every row one, or leave the row out."
-            raise DataError(what, place=row.place, remedy=remedy, code="LW-D32")
-    notes = (
-        (*table.notes, f"{len(columns)} targets, {gaps} of {len(columns) * len(values)} values missing") if gaps else table.notes
-    )
-    return replace(_with_label(table, tuple(columns), values), notes=notes)
+    """Several targets: ``label`` is a list of numbers, NaN where a value is missing. Rows without any value are left out.
+
+    Notes say how many of both there are. Raises `DataError` LW-D32 where no row has a value.
+    """
+    every = [[_target(row, column, table) for column in columns] for row in table.rows]
+    kept = [i for i, row in enumerate(every) if not all(map(math.isnan, row))]
+    if not kept:
+        raise DataError("None of the target columns has a value in any row.", place=table.name, code="LW-D32")
+    values, notes = [every[i] for i in kept], list(table.notes)
+    if len(kept) < len(every):
+        notes.append(f"{len(every) - len(kept)} rows without a value in any target column were left out")
+    if gaps := sum(math.isnan(v) for row in values for v in row):
+        notes.append(f"{len(columns)} targets, {gaps} of {len(columns) * len(values)} values missing")
+    known = replace(table, rows=[table.rows[i] for i in kept], notes=tuple(notes))
+    return _with_label(known, tuple(columns), values)
 
 
 def _target(row: Record, column: str, table: Table) -> float:
