@@ -100,10 +100,10 @@ def main() -> None:
     from layerwise.files import write_atomic
 
     if not chosen.page:
-        records = judged(chosen)
+        records, listed = judged(chosen)
         if chosen.groups or chosen.only:
             return  # a part is no result
-        write_atomic(RESULTS, json.dumps({**machine(), "records": records}, indent=1) + "\n")
+        write_atomic(RESULTS, json.dumps({**machine(), "listed": listed, "records": records}, indent=1) + "\n")
     write_atomic(PAGE, page(json.loads(RESULTS.read_text(encoding="utf-8"))))
 
 
@@ -113,31 +113,36 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="only names that match this regular expression; likewise")
     parser.add_argument("--fresh", action="store_true", help="judge again what was judged before")
     parser.add_argument("--failed", action="store_true", help="judge again what did not work before")
+    parser.add_argument("--collect", action="store_true", help="judge nothing more: write what has been judged so far")
     parser.add_argument("--page", action="store_true", help="only write the page from the committed results")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def judged(chosen: argparse.Namespace) -> list[dict[str, Any]]:
-    """The records of all chosen models, each as soon as it is there kept in `OUT`."""
+def judged(chosen: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The records of all chosen models, each as soon as it is there kept in `OUT`, and how many models each group lists."""
     from layerwise.benchmark.catalogue import GROUPS
     from layerwise.benchmark.coverage_page import passed
     from layerwise.benchmark.store import Store
 
-    store, worker, records = Store(OUT, "2"), Worker(), []
+    store, worker, records, listed = Store(OUT, "2"), Worker(), [], {}
     for group in chosen.groups or GROUPS:
-        for name in store.once(f"{group}/names", GROUPS[group].names, version(group)):
+        names = store.once(f"{group}/names", GROUPS[group].names, version(group))
+        listed[group] = len(names)
+        for name in names:
             if not re.search(chosen.only, name):
                 continue
             piece = f"{group}/models/{name}"
             record = None if chosen.fresh else store.once(piece, lambda: None)
+            if chosen.collect and record is None:
+                continue
             if record is None or (chosen.failed and not passed(record)):
                 record = worker.judge(group, name) | {"kinds": list(GROUPS[group].kinds(name))}
                 store.replace(piece, record)
                 print(group, name, record.get("seconds", ""), *said(record), flush=True)
             records.append(record)
     worker.stop()
-    return records
+    return records, listed
 
 
 def version(group: str) -> str:

@@ -29,7 +29,8 @@ def page(results: Mapping[str, Any]) -> str:
         "[`results/coverage.json`](../benchmarks/results/coverage.json); do not edit.",
         _what(),
         "## Totals",
-        _totals(present),
+        _totals(present, results["listed"]),
+        "`judged`: of the models of the group, those that the run has reached so far. "
         "`built`: the library makes the model from random weights and it runs on inputs made from nothing. `works`: all four "
         "checks hold. Nothing of layerwise names a model; what torchvision's, torchaudio's and graph models read is given by the "
         "benchmark, what transformers' read is found out by layerwise itself (`layerwise.examples`).",
@@ -53,32 +54,38 @@ def _what() -> str:
         "gives the same bits twice, and so does a replay that changes nothing. **skip**: without any one of the layers that are "
         "called skippable, the model runs and gives a finite output of the same shape. **gradients**: one sweep with per-sample "
         f"gradients gives at least {100 * LEAST_SCORED:.0f} % of the layers (those that the main output depends on) a finite "
-        "score, and the scores differ. Weights are random (seed 0), two samples, float32, CPU: what is shown is that the "
+        "score, and the scores differ. Weights are random (seed 0), "
+        "two samples, float32, CPU: what is shown is that the "
         "machinery works, not that a ranking is right."
     )
 
 
-def _totals(groups: Mapping[str, Sequence[Record]]) -> str:
-    lines = [_counts(TITLES[group][0], found) for group, found in groups.items()]
+def _totals(groups: Mapping[str, Sequence[Record]], listed: Mapping[str, int]) -> str:
+    lines = [_counts(TITLES[group][0], found, listed[group]) for group, found in groups.items()]
     everything = [r for found in groups.values() for r in found]
-    return _table(["group", "models", "built", "works", "of those built", *CHECKS], [*lines, _counts("**all**", everything)])
+    total = sum(listed[group] for group in groups)
+    return _table(
+        ["group", "models", "judged", "built", "works", "of those built", *CHECKS],
+        [*lines, _counts("**all**", everything, total)],
+    )
 
 
-def _counts(title: str, found: Sequence[Record]) -> list[str]:
+def _counts(title: str, found: Sequence[Record], listed: int) -> list[str]:
     built = [r for r in found if r["built"]]
     works = [r for r in built if passed(r)]
     share = f"{100 * len(works) / len(built):.1f} %" if built else "–"
     checks = [str(sum(not r.get("error") and check not in r["failures"] for r in built)) for check in CHECKS]
-    return [title, str(len(found)), str(len(built)), str(len(works)), share, *checks]
+    return [title, str(listed), str(len(found)), str(len(built)), str(len(works)), share, *checks]
 
 
 def _section(group: str, found: Sequence[Record]) -> list[str]:
     title, about = TITLES[group]
-    kinds = list(dict.fromkeys(kind for r in found for kind in r["kinds"]))
+    kinds = dict.fromkeys(kind for r in found for kind in r["kinds"])
+    by_kind = {kind: [r for r in found if kind in r["kinds"]] for kind in kinds}
     blocks = [f"## {title}", f"{about[0].upper()}{about[1:]}."]
     if len(kinds) > 1:
-        lines = [_counts(kind, [r for r in found if kind in r["kinds"]]) for kind in kinds]
-        blocks.append(_table(["kind", "models", "built", "works", "of those built", *CHECKS], lines))
+        lines = [[kind, *_counts(kind, of, 0)[2:]] for kind, of in by_kind.items()]
+        blocks.append(_table(["kind", "judged", "built", "works", "of those built", *CHECKS], lines))
     misses = [r for r in found if r["built"] and not passed(r)]
     if misses:
         blocks += ["### Misses", _table(["model", "check", "why"], [line for r in misses for line in _why(r)])]

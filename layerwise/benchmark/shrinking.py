@@ -89,13 +89,14 @@ class Plan:
     vocabulary: int = 0
 
 
-def steps(config_class: Any) -> Iterator[Any]:
-    """Shrunk configurations, the smallest first; whatever the class refuses is left out. Equal ones come once."""
+def steps(config_class: Any, said: list[str]) -> Iterator[Any]:
+    """Shrunk configurations, the smallest first, equal ones once; why the class refused others is added to `said`."""
     seen: set[str] = set()
     for step in STEPS:
         try:
             config = shrunk(config_class(), step)
-        except Exception:  # a validator of the class can raise anything; the next step keeps more of the default
+        except Exception as error:  # a validator of the class can raise anything; the next step keeps more of the default
+            said.append(" ".join(str(error).split())[:200])
             continue
         text = config.to_json_string(use_diff=False)
         if text not in seen:
@@ -142,7 +143,7 @@ def _rebuilt(config: Any, plan: Plan) -> Any:
         values |= {k: v for k, v in _open(values).items() if k in values and values[k] is None}
     small = type(config)(**values)
     for key, value in vars(config).items():  # what a class keeps without declaring it
-        if not key.startswith("_") and not hasattr(small, key):
+        if not key.startswith("_") and key not in vars(small):
             setattr(small, key, value)
     return small
 
@@ -160,23 +161,25 @@ def _declared(config: Any, step: Step) -> dict[str, Any]:
     known = {f.name: f.default for f in fields(cls) if not f.name.startswith("_")} if is_dataclass(cls) else {}
     fresh = _fresh(cls)
     found = {}
-    for key in (*known, *(k for k in ("out_features", "out_indices") if hasattr(config, k))):
-        value = getattr(config, key)
+    properties = {k: getattr(config, k) for k in ("out_features", "out_indices") if hasattr(config, k)}
+    given = {**known, **properties, **vars(config)}  # not by getattr: what differs between layers refuses to be read so
+    for key in (*known, *properties):
+        value = given[key]
         if key in {"transformers_version", "dtype"}:
             continue
         numbers = known.get(key) is None and isinstance(value, int | float | list | tuple)
-        derived = numbers and not step.derived and value == getattr(fresh, key, None)
+        derived = numbers and not step.derived and value == fresh.get(key, fresh.get(f"_{key}"))
         if key in known or not derived:
             found[key] = None if derived and not TOKEN.search(key) else value
     return found
 
 
-def _fresh(cls: Any) -> Any:
-    """The default configuration; None where the class has none."""
+def _fresh(cls: Any) -> Mapping[str, Any]:
+    """The settings of the default configuration; none where the class has none."""
     try:
-        return cls()
+        return vars(cls())
     except Exception:  # nested parts may be required
-        return None
+        return {}
 
 
 def _small(key: str, value: Any, plain: Mapping[str, Any], plan: Plan, heads: int, old: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from layerwise.benchmark.weights_used import uses_of
 from layerwise.data import Batch
 from layerwise.model import UniversalModel
 from layerwise.replay import Replay
+from tests.conftest import ROOT
 from tests.models import CASES, Residual, ResidualNet, vectors
 
 
@@ -189,9 +191,14 @@ RECORDS: list[dict[str, Any]] = [
 
 
 def test_the_page_counts_and_names_every_miss_with_its_reason() -> None:
-    results = {"records": RECORDS, "environment": {"cpu": "c", "python": "3", "packages": {"torch": "2"}}, "limits": "1 s"}
+    results = {
+        "records": RECORDS,
+        "listed": {"graph": 5},
+        "environment": {"cpu": "c", "python": "3", "packages": {"torch": "2"}},
+        "limits": "1 s",
+    }
     text = page(results)
-    assert "| PyTorch Geometric | 4 | 3 | 1 | 33.3 % | 2 | 2 | 1 | 2 |" in text
+    assert "| PyTorch Geometric | 5 | 4 | 3 | 1 | 33.3 % | 2 | 2 | 1 | 2 |" in text
     assert "| `GAT` | skip | shape \\[1, 2\\] |" in text
     assert "| `GIN` | – | no answer within 240 s |" in text
     assert "| `PNA` | ImportError: none |" in text
@@ -215,3 +222,12 @@ def test_a_model_that_cannot_be_built_is_told_from_a_miss(monkeypatch: pytest.Mo
     record = examined("torchaudio", "odd")
     assert (record["built"], passed(record)) == (False, False)
     assert record["error"].startswith("Conformer: TypeError: ")
+
+
+RESULTS = ROOT / "benchmarks" / "results" / "coverage.json"
+
+
+def test_the_page_is_the_one_that_the_results_give() -> None:
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert page(results) == (ROOT / "docs" / "coverage.md").read_text(encoding="utf-8"), "run benchmarks/coverage.py --page"
+    assert {r["group"] for r in results["records"]} <= set(GROUPS)

@@ -51,9 +51,21 @@ def test_special_tokens_follow_the_vocabulary_and_stay_distinct() -> None:
 
 
 def test_the_steps_differ_and_the_first_is_the_smallest() -> None:
-    found = list(steps(type(config_of("Bert"))))
+    refused: list[str] = []
+    found = list(steps(type(config_of("Bert")), refused))
     assert len({c.to_json_string() for c in found}) == len(found) > 1
+    assert refused == []
     assert found[0].hidden_size == min(c.hidden_size for c in found)
+
+
+def test_a_class_that_refuses_says_why() -> None:
+    class Strict:
+        def __init__(self) -> None:
+            raise ValueError("never small")
+
+    refused: list[str] = []
+    assert list(steps(Strict, refused)) == []
+    assert set(refused) == {"never small"}
 
 
 def test_every_class_of_the_mappings_comes_once_with_all_its_kinds() -> None:

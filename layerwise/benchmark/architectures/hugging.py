@@ -59,7 +59,7 @@ def make(name: str) -> Made:
     cls: Any = getattr(transformers, name)
     said: list[str] = []
     started = time.monotonic()
-    for most, (number, config) in itertools.product(MOST, enumerate(steps(cls.config_class), 1)):
+    for most, (number, config) in itertools.product(MOST, enumerate(steps(cls.config_class, said), 1)):
         if time.monotonic() - started > PATIENCE:
             said.append(f"given up after {PATIENCE:.0f} s")
             break
