@@ -1,5 +1,6 @@
-"""Every speed figure in one run: ``python benchmarks/speed.py`` writes ``benchmarks/results/speed.json``.
+"""Every speed figure in one run: ``python benchmarks/speed.py [PART ...]`` writes ``benchmarks/results/speed.json``.
 
+With names of parts only those are measured anew, and each of them says what machine and load it met.
 Pairs take turns in one process; only their ratios mean anything on a machine that others use too. Block calls and passes are
 counted in the tests and are not timed here.
 """
@@ -8,12 +9,14 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
 import speed_all
 import speed_conductance
 import speed_fisher
+import speed_inspect
 import speed_spectral
 import speed_sweep
 import torch
@@ -33,17 +36,19 @@ PARTS = {
     "fisher": fisher,
     "spectral": speed_spectral.main,
     "sweep": speed_sweep.main,
+    "reading the layers": speed_inspect.main,
     "analyze --methods all": speed_all.main,
 }
 
 
-def main() -> None:
+def main(*names: str) -> None:
     torch.set_num_threads(1)
-    record: dict[str, Any] = {"machine": machine()}
-    for name, part in PARTS.items():
-        record[name] = part()
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if names else {"machine": machine()}
+    for name in names or PARTS:
+        record[name] = PARTS[name]()
+        record[name] |= {"load meanwhile": machine()["load"]} if names else {}
+        RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
