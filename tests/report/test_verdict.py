@@ -117,11 +117,11 @@ def test_the_cost_in_quality(accuracy: float, stderr: float, said: str, tone: st
 
 
 def test_lower_is_better_for_a_loss_and_unknown_metrics_are_not_judged() -> None:
-    before = factory.measured(metrics={"loss": 0.3, "bleu": 30.0}, stderr={})
-    after = factory.smaller(metrics={"loss": 0.2, "bleu": 10.0}, stderr={})
+    before = factory.measured(metrics={"loss": 0.3, "spice": 30.0}, stderr={})
+    after = factory.smaller(metrics={"loss": 0.2, "spice": 10.0}, stderr={})
     found = told(result=factory.result(before=before, after=after, targets=()))
     assert tones(found, "Quality did not fall: loss went") == ["good"]
-    assert tones(found, "bleu went from 30 to 10, −20") == ["info"]
+    assert tones(found, "spice went from 30 to 10, −20") == ["info"]
 
 
 @pytest.mark.parametrize(
