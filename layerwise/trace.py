@@ -167,14 +167,20 @@ def storage_of(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else id(tensor)
 
 
+RECURRENT = {"aten::mkldnn_rnn_layer": slice(1, 3), "aten::_cudnn_rnn": slice(1, 2), "aten::miopen_rnn": slice(1, 2)}  # weights
+
+
 def multiply_accumulates(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    """MACs of one operator call: half of torch's FLOP formula; attention on CPU, which torch does not know, by its shapes."""
+    """MACs of one operator call: half of torch's FLOP formula; what torch does not know (attention, recurrence) by its shapes."""
     if "scaled_dot_product" in func._schema.name:
         query, key, value = args[:3]
         pairs = math.prod(query.shape[:-1]) * key.shape[-2]
         return int(pairs * (query.shape[-1] + value.shape[-1]))
     if func._schema.name == "aten::_int_mm":  # the product of 8-bit integers, which torch does not count either
         return int(args[0].shape[0] * args[0].shape[1] * args[1].shape[1])
+    if func._schema.name in RECURRENT:  # each matrix meets each step of each sequence once
+        weights = [t for _, t in trees.tensors(args[RECURRENT[func._schema.name]]) if t.dim() == 2]
+        return int(math.prod(args[0].shape[:-1]) * sum(w.numel() for w in weights))
     from torch.utils.flop_counter import flop_registry  # loads Triton where it is installed: 90 MB
 
     formula = flop_registry.get(func._overloadpacket)

@@ -148,3 +148,10 @@ def test_dropout_between_layers_is_drawn_in_training_only() -> None:
     twin.train()
     assert not torch.equal(twin(x)[0], twin(x)[0])
     assert not torch.equal(twin(packed)[0].data, twin(packed)[0].data)
+
+
+@pytest.mark.parametrize(("cls", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+def test_multiply_accumulates_are_counted_per_step(cls: type[nn.RNNBase], gates: int) -> None:
+    """Each step multiplies (gates × hidden) × (inputs + hidden); torch's own counter knows none of a fused LSTM's."""
+    model = UniversalModel(cls(5, 7, num_layers=2, batch_first=True), example=Batch((torch.randn(2, 3, 5),)))
+    assert [layer.macs for layer in model.layers] == [3 * gates * 7 * (5 + 7), 3 * gates * 7 * (7 + 7)]
