@@ -103,12 +103,19 @@ def _random() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def tokens_of(module: Any) -> int:
-    """The rows of the table of tokens; the configuration's vocabulary where the model does not say which module that is."""
+def table_of(module: Any) -> nn.Module | None:
+    """The table of tokens; None where the model does not say which module that is."""
     try:
-        return int(module.get_input_embeddings().weight.shape[0])
+        found: nn.Module = module.get_input_embeddings()
     except (AttributeError, NotImplementedError):  # several tables, or none: characters that are hashed
-        return setting(module.config, ("vocab_size",)) or 2
+        return None
+    return found
+
+
+def tokens_of(module: Any) -> int:
+    """The rows of the table of tokens; without one the configuration's vocabulary."""
+    weight = getattr(table_of(module), "weight", None)
+    return setting(module.config, ("vocab_size",)) or 2 if weight is None else int(weight.shape[0])
 
 
 def _vocabulary(module: Any) -> int:
@@ -181,9 +188,9 @@ def _waves(module: Any) -> list[Tensor]:
 
 
 def _anything(module: Any) -> list[Tensor]:
-    """``inputs``: what is read depends on the model's preprocessor, so tokens first, then images."""
+    """``inputs``: what is read depends on the model's preprocessor, so tokens first, then images, then sound."""
     length = setting(module.config, ("max_position_embeddings",)) or TOKENS
-    return [_ids(module), _ids(module, length), *_images(module)]
+    return [_ids(module), _ids(module, length), *_images(module), *_waves(module)]
 
 
 def _noise(module: Any, *shape: int) -> Tensor:
@@ -219,4 +226,4 @@ ENDINGS: Mapping[str, Callable[[Any], Sequence[Any]]] = {
     "attention_mask": _ones(TOKENS),
 }
 
-__all__ = ["candidates", "example_of", "failure", "setting", "tokens_of"]
+__all__ = ["candidates", "example_of", "failure", "setting", "table_of", "tokens_of"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.examples import candidates, example_of, failure, setting, tokens_of
+from layerwise.examples import candidates, example_of, failure, setting, table_of, tokens_of
 
 
 class Config:
@@ -114,4 +114,5 @@ def test_tokens_are_counted_in_the_table_or_by_the_configuration() -> None:
             return nn.Embedding(9, 2)
 
     config = Config(text=Config(vocab_size=7))
+    assert table_of(Several(config)) is None
     assert (tokens_of(Several(config)), tokens_of(One(config)), tokens_of(Reads(Config()))) == (7, 9, 2)

@@ -148,8 +148,13 @@ def _placeholder(module: Any, image: VisionModalityAdapter | None) -> tuple[int,
     if token is None or image is None:
         return None
     queries = getattr(module.config, "num_query_tokens", None)
+    if queries is None and not callable(getattr(module, "get_image_features", None)):
+        return None  # a class of texts alone on a model of both
     if queries is None:
         with evaluating(module), torch.no_grad():
             blank = torch.zeros(1, *image.transform.size, dtype=module.dtype, device=module.device)
-            queries = len(module.get_image_features(pixel_values=blank).pooler_output[0])
+            try:
+                queries = len(module.get_image_features(pixel_values=blank).pooler_output[0])
+            except Exception:  # an image half that is not there, or does not run by itself: texts still can be read
+                return None
     return int(token), int(queries)

@@ -152,7 +152,7 @@ class AudioModalityAdapter(ModalityAdapter):
 def kind_of(config: Any, main: str) -> str | None:
     """Which features a transformers model takes as `main`, by what its configuration speaks of; None where that is not told."""
     if main == "input_values":
-        return "kaldi" if hasattr(config, "num_mel_bins") else "waveform"
+        return "kaldi" if hasattr(config, "num_mel_bins") and hasattr(config, "max_length") else "waveform"
     if main == "input_features":
         if hasattr(config, "spec_size"):
             return "clap"
@@ -180,7 +180,7 @@ def _of_transformers(module: Any, folder: Path | None) -> AudioModalityAdapter:
     tokenizer = tokenizer_in(folder) if decodes and folder else None
     main = module.main_input_name
     adapter = AudioModalityAdapter(features_of(config, main, folder), main, mask, tokenizer=tokenizer)
-    vocabulary = int(getattr(config, "vocab_size", 1))
+    vocabulary = int(getattr(config, "vocab_size", None) or 1)
     begin, pad = start(config, vocabulary), filler(config, tokenizer, vocabulary)
     return replace(adapter, start=begin, pad=pad) if decodes else adapter
 

@@ -17,7 +17,7 @@ from layerwise.adapters._labels import labels_of
 from layerwise.adapters._tokens import ends, filler, longest, mask_of, padded, shifted, start, tokenizer_in
 from layerwise.data import Batch, Row
 from layerwise.errors import DataError
-from layerwise.examples import tokens_of
+from layerwise.examples import table_of, tokens_of
 from layerwise.heads import EncoderWithHead, PooledEncoder, encoder_of
 from layerwise.hugging import is_bare, is_causal, is_sequence_to_sequence, reads_text_only
 from layerwise.rows import Record, place_of
@@ -232,7 +232,7 @@ class TextModalityAdapter(ModalityAdapter):
 
 def _places(module: Any, most: int | None) -> int | None:
     """`most`, less the rows of a position table that are kept for padding: RoBERTa counts from behind its padding id."""
-    table, tokens = getattr(module.config, "max_position_embeddings", None), module.get_input_embeddings()
+    table, tokens = getattr(module.config, "max_position_embeddings", None), table_of(module)
     kept = [m.padding_idx + 1 for m in module.modules() if _counts(m, table) and m is not tokens]
     return most if most is None or not kept else min(most, int(table or 0) - max(kept))
 

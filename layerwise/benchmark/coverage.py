@@ -26,10 +26,12 @@ from layerwise.observe import observe
 from layerwise.replay import Replay
 from layerwise.scores import Status
 from layerwise.structure import Layer
+from layerwise.task import Fidelity
 
 LEAST_LAYERS = 2
 LEAST_SHARE = 0.8
 LEAST_SCORED = 0.5  # of the layers: a forward may have a side that its main output does not depend on
+SAME = "every score is the same"
 CHECKS = ("layers", "replay", "skip", "gradients")
 
 
@@ -149,6 +151,16 @@ def _skip(model: UniversalModel, batch: Batch) -> str:
 
 
 def _gradients(model: UniversalModel, batch: Batch, found: Found) -> str:
+    said = _swept(model, batch, found)
+    if said != SAME:
+        return said
+    # random weights may give logits so large that the answer is certain and its gradient exactly 0: by the output's direction
+    around = model.around(model.module, source=None)
+    around.task = Fidelity(kind="cosine")
+    return _swept(around, batch, found)
+
+
+def _swept(model: UniversalModel, batch: Batch, found: Found) -> str:
     analyzer = GradientBasedAnalyzer()
     statistic: Any = analyzer.statistic(model)
     observe(model, Data.of([batch]), {analyzer.method: statistic})
@@ -161,7 +173,7 @@ def _gradients(model: UniversalModel, batch: Batch, found: Found) -> str:
     if len(values) < max(LEAST_LAYERS, LEAST_SCORED * len(scores)):
         missing = next(s.reason for s in scores.values() if s.status is not Status.OK) if len(values) < len(scores) else ""
         return f"{len(values)} of {len(scores)} layers have a score; the others: {missing}"
-    return "every score is the same" if len(set(values)) == 1 else ""
+    return SAME if len(set(values)) == 1 else ""
 
 
 __all__ = ["CHECKS", "Judgement", "judge"]

@@ -12,7 +12,11 @@ LONGEST = 300  # characters of a reason
 TITLES = {
     "timm": ("timm", "a small model of every model file (`timm_small.json`)"),
     "transformers": ("transformers", "every class of the auto-mappings below, default configuration, shrunk"),
-    "torchvision": ("torchvision", "the smallest classifier of every model file, all of detection, segmentation and video"),
+    "torchvision": (
+        "torchvision",
+        "the smallest classifier of every model file, all of segmentation and video, and all of detection up to the logits of "
+        "every anchor or proposal",
+    ),
     "torchaudio": ("torchaudio", "every model of `torchaudio.models`"),
     "graph": ("PyTorch Geometric", "graph networks, its own models or plain stacks of its convolutions, on two random graphs"),
 }
@@ -54,7 +58,8 @@ def _what() -> str:
         "gives the same bits twice, and so does a replay that changes nothing. **skip**: without any one of the layers that are "
         "called skippable, the model runs and gives a finite output of the same shape. **gradients**: one sweep with per-sample "
         f"gradients gives at least {100 * LEAST_SCORED:.0f} % of the layers (those that the main output depends on) a finite "
-        "score, and the scores differ. Weights are random (seed 0), "
+        "score, and the scores differ. Weights are random (seed 0; of zeros none are left, and batch "
+        "normalizations have seen a batch), "
         "two samples, float32, CPU: what is shown is that the "
         "machinery works, not that a ranking is right."
     )

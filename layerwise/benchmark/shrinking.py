@@ -58,6 +58,7 @@ HEAD_SIZE = re.compile(r"head_dim|head_size|dim_head|d_kv|kv_channels|rope_head|
 VOCABULARY = re.compile(r"vocab|n_token|num_embeddings|codebook_size|audio_codebook")
 TOKEN = re.compile(r"(token|_id|_index|_idx|_ids|token_ids)$")
 IMAGE = re.compile(r"^(image|img|input)_size$|^(image|input)_resolution$|^(spec|pretrained_image)_size$")
+MAP = re.compile(r"feature_sizes$|image_embedding_size$")  # sides of maps of features
 EXPERTS = re.compile(r"(num|n)_.*experts$|^(num|n)_experts$|^moe_num_experts$")
 CHOSEN = re.compile(r"experts_per_tok|^(moe_)?top_?k$|^moe_k$|num_experts_per|experts_top_k|router_top_k|num_selected")
 EXPERT_GROUPS = re.compile(r"^n_group$|topk_group|num_expert_group")
@@ -68,7 +69,7 @@ POSITIONS = re.compile(
 WIDTH = re.compile(
     r"hidden|dim|width|channel|inner|ffn|rank|feature|planes|embed|^d_|_d_|intermediate|size|d_ff|d_model|inter|latents|filters"
 )
-CHUNK = re.compile(r"chunk_size(_|$)")  # of scans, which pad a text to whole chunks
+CHUNK = re.compile(r"(^|mamba_|ssm_|scan_)chunk_size(_|$)")  # of scans, which pad a text to whole chunks
 NO_WIDTH = re.compile(
     r"vocab|image|img|patch|kernel|position|length|token|window|stride|chunk|frames?|sampling_rate|sample_rate|samples|bins?|"
     r"block_size|resolution|mel|hop|"
@@ -85,6 +86,7 @@ class Plan:
 
     step: Step
     divisor: int
+    sides: int = 1  # divisor of images' sides
     ids: dict[int, int] = field(default_factory=dict)
     vocabulary: int = 0
 
@@ -109,7 +111,9 @@ def shrunk(config: Any, step: Step) -> Any:
     nodes = list(_nodes(config))
     vocabularies = [v for node in nodes for k, v in vars(node).items() if VOCABULARY.search(k) and _whole(v) and v >= 64]
     cap = min([*vocabularies, step.vocabulary or math.inf])
-    plan = Plan(step, _divisor(nodes, step.least), vocabulary=0 if cap == math.inf else int(cap))
+    sides = max((v for node in nodes for k, v in vars(node).items() if IMAGE.search(k) and _whole(v)), default=0)
+    shorter = max(sides // step.image, 1) if step.image and sides else 1
+    plan = Plan(step, _divisor(nodes, step.least), shorter, vocabulary=0 if cap == math.inf else int(cap))
     return _rebuilt(config, plan)
 
 
@@ -171,6 +175,8 @@ def _declared(config: Any, step: Step) -> dict[str, Any]:
         derived = numbers and not step.derived and value == fresh.get(key, fresh.get(f"_{key}"))
         if key in known or not derived:
             found[key] = None if derived and not TOKEN.search(key) else value
+    if found.get("out_indices") is not None:
+        found.pop("out_features", None)  # the same places by names, which would not follow the depth
     return found
 
 
@@ -205,6 +211,8 @@ def _number(key: str, value: int, plain: Mapping[str, Any], plan: Plan, heads: i
         return min(value, step.depth)
     if IMAGE.search(key):
         return _image(value, plain, step)
+    if MAP.search(key):
+        return max(value // plan.sides, 1)
     for pattern, most in (
         (EXPERTS, 4),
         (CHOSEN, 2),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from layerwise.benchmark.architectures import timm_families, torchaudio_models, torchvision_models
+from layerwise.benchmark.architectures import hugging, timm_families, torchaudio_models, torchvision_models
 from layerwise.benchmark.architectures.made import NotBuilt, first_that_runs
 from layerwise.data import Batch
+from layerwise.model import UniversalModel
 from tests.models import ResidualNet, vectors
 
 
@@ -43,3 +44,21 @@ def test_the_first_attempt_that_runs_is_taken_and_the_others_say_why_not() -> No
     assert not made.module.training
     with pytest.raises(NotBuilt, match=r"a: ValueError: no such width; b: The forward of ResidualNet raised RuntimeError"):
         first_that_runs([("a", broken), ("b", lambda: (ResidualNet(), vectors(9)(2)))])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "CanineForSequenceClassification",  # no table of tokens: characters are hashed
+        "Gemma3ForSequenceClassification",  # texts alone, on a model whose configuration speaks of images
+        "SpeechT5ForSpeechToText",  # a wave, although the configuration speaks of a spectrogram
+    ],
+)
+def test_an_adapter_takes_what_it_claims(name: str) -> None:
+    made = hugging.make(name)
+    assert UniversalModel(made.module, example=made.example).output(made.example).isfinite().all()
+
+
+def test_detectors_give_the_logits_of_every_proposal() -> None:
+    made = torchvision_models.make("detection/fasterrcnn_mobilenet_v3_large_320_fpn")
+    assert UniversalModel(made.module, example=made.example).output(made.example).shape == (2, 16, 91)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.benchmark.architectures.enlivened import enliven_
+from layerwise.benchmark.architectures.made import Group
 from layerwise.benchmark.catalogue import GROUPS, examined
 from layerwise.benchmark.coverage import judge
 from layerwise.benchmark.coverage_page import page, passed
@@ -214,6 +215,14 @@ def test_one_model_of_a_group_is_built_fed_and_judged(group: str, name: str) -> 
     assert record["kinds"] == list(GROUPS[group].kinds(name))
 
 
+def test_a_reason_does_not_say_where_this_machine_keeps_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> Any:
+        raise RuntimeError("at /home/me/.venv/lib/python3.11/site-packages/torch/nn/modules/conv.py:565 it broke")
+
+    monkeypatch.setitem(GROUPS, "odd", Group("odd", list, broken, lambda name: ()))
+    assert examined("odd", "x")["error"] == "RuntimeError: at torch/nn/modules/conv.py:565 it broke"
+
+
 def test_a_model_that_cannot_be_built_is_told_from_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     from layerwise.benchmark.architectures import torchaudio_models
     from layerwise.benchmark.architectures.torchaudio_models import Subject
@@ -230,4 +239,4 @@ RESULTS = ROOT / "benchmarks" / "results" / "coverage.json"
 def test_the_page_is_the_one_that_the_results_give() -> None:
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     assert page(results) == (ROOT / "docs" / "coverage.md").read_text(encoding="utf-8"), "run benchmarks/coverage.py --page"
-    assert {r["group"] for r in results["records"]} <= set(GROUPS)
+    assert {r["group"] for r in results["records"]} == set(GROUPS)

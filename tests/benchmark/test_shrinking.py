@@ -38,8 +38,9 @@ def config_of(name: str) -> Any:
 def test_ratios_and_products_stay() -> None:
     before, small = config_of("Llama"), shrunk(config_of("Llama"), STEPS[0])
     assert small.hidden_size == small.num_attention_heads * small.head_dim
-    wider = before.intermediate_size / before.hidden_size
-    assert small.intermediate_size / small.hidden_size == pytest.approx(wider, rel=0.03)  # rounded up to what kernels take
+    ratio = small.intermediate_size / small.hidden_size
+    assert ratio == pytest.approx(before.intermediate_size / before.hidden_size, rel=0.03)  # rounded to whole fours
+    assert small.intermediate_size % 4 == 0
     assert (small.num_hidden_layers, small.vocab_size) == (8, 512)
     assert type(small) is type(before)
 

@@ -85,7 +85,11 @@ def _tried(cls: Any, config: Any, most: int, said: list[str]) -> Made | None:
         said.append(brief(error))
         return None
     _padded_(module.config)
+    started = time.monotonic()
     for batch in candidates(module):
+        if time.monotonic() - started > PATIENCE / 2:
+            said.append(f"no batch that runs was found within {PATIENCE / 2:.0f} s")
+            break
         reason = failure(module, batch)
         if reason is None:
             return Made(module, batch)

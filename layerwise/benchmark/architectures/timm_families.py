@@ -6,6 +6,7 @@ every model for its size takes longer than judging them all.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
@@ -22,7 +23,7 @@ from layerwise.data import Batch
 TABLE = Path(__file__).with_name("timm_small.json")
 LARGE, DEPTH = 100_000_000, 6  # parameters from which on only so many blocks are asked for, where the model lets one ask
 SEEN = 8  # images that the batch normalizations take their statistics from
-SIDES = (64, 96, 128, 160, 192, 224, 256)
+SIDES = (64, 96, 112, 128, 160, 192, 224, 256)
 
 
 @cache
@@ -47,12 +48,12 @@ def _attempts(name: str) -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Ba
     """The smallest side first; told to the constructor where that takes it, else only fed."""
     import timm
 
-    fewer: list[dict[str, Any]] = [{"depth": DEPTH}] if _parameters(name) > LARGE else []
+    fewer: list[dict[str, Any]] = [{"depth": DEPTH}, {}] if _parameters(name) > LARGE else [{}]
     channels, *_, side = timm.models.get_pretrained_cfg_value(name, "input_size") or (3, 224, 224)
-    for size in sorted({s for s in (*SIDES, side) if s <= side}):
-        plain: list[dict[str, Any]] = [{"img_size": size}, {}] if size != side else [{}]
-        for settings in (*({**own, **less} for less in fewer for own in plain), *plain):
-            yield f"{name} at {size} pixels", partial(_built, name, channels, size, settings)
+    sizes = sorted({s for s in (*SIDES, side) if s <= side})
+    for less, size in itertools.product(fewer, sizes):
+        for own in ({"img_size": size}, {}) if size != side else ({},):
+            yield f"{name} at {size} pixels", partial(_built, name, channels, size, {**own, **less})
 
 
 def _parameters(name: str) -> int:

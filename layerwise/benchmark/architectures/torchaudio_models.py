@@ -52,7 +52,7 @@ def _spoken() -> tuple[Tensor, ...]:
 
 
 def _labelled() -> tuple[Tensor, ...]:
-    return noise(2, WAVE), torch.randint(0, 100, (2, 24), generator=torch.Generator().manual_seed(0))
+    return noise(2, WAVE), torch.randint(0, 100, (2, 24), generator=torch.Generator().manual_seed(0)), _lengths(WAVE)
 
 
 ENCODER: Mapping[str, Any] = {  # wav2vec2's layout at a tenth of its width

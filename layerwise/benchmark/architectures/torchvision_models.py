@@ -9,15 +9,46 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from layerwise.benchmark.architectures.made import Group, Made, first_that_runs, noise
 from layerwise.data import Batch
 
 SIDES = (96, 128, 224, 299)
 CLIPS = ((4, 64), (8, 64), (16, 112), (16, 224))  # frames, pixels
-# what a detector's own filter would drop from random weights, so that there is an output to speak of
-SEEN = ("box_score_thresh", "score_thresh")
+SMALL = {"min_size": 128, "max_size": 128}  # what detectors bring images to, where they let one say
+
+
+class Dense(nn.Module):
+    """A detector up to the logits of every anchor or proposal, (samples, boxes, classes), before boxes are left out.
+
+    What is left after suppression is another number of boxes for each image, which no task of samples can read; two-stage
+    detectors look at the same grid of proposals in every image.
+    """
+
+    def __init__(self, detector: Any) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor) -> Tensor:
+        from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
+        batch, _ = self.detector.transform(list(images))
+        features = self.detector.backbone(batch.tensors)
+        if not isinstance(self.detector, GeneralizedRCNN):
+            return self.detector.head(list(features.values()))["cls_logits"]
+        scores, _ = self.detector.rpn.head(list(features.values()))
+        heads = self.detector.roi_heads
+        pooled = heads.box_roi_pool(features, [_grid(size) for size in batch.image_sizes], batch.image_sizes)
+        logits, _ = heads.box_predictor(heads.box_head(pooled))
+        objects = torch.cat([score.flatten(1) for score in scores], 1).mean(1)  # so that the proposals' head is part of it
+        return logits.unflatten(0, (len(images), -1)) + objects[:, None, None]
+
+
+def _grid(size: tuple[int, int]) -> Tensor:
+    """Four by four boxes over the image, (16, 4)."""
+    height, width = size[0] / 4, size[1] / 4
+    return torch.tensor([[x * width, y * height, (x + 1) * width, (y + 1) * height] for y in range(4) for x in range(4)])
 
 
 def _kinds() -> dict[str, ModuleType]:
@@ -63,7 +94,7 @@ def _attempts(name: str) -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Ba
         for frames, side in CLIPS:
             yield f"{frames} frames of {side} pixels", partial(_built, name, (frames, side, side), {})
         return
-    settings: list[dict[str, Any]] = [{key: 0.0} for key in SEEN] if kind == "detection" else [{}]
+    settings: list[dict[str, Any]] = [SMALL, {}] if kind == "detection" else [{}]
     for side in SIDES:
         for chosen in ({"image_size": side}, *settings) if kind == "classification" else settings:
             yield f"{side} pixels", partial(_built, name, (side, side), chosen)
@@ -81,7 +112,8 @@ def _module(name: str, **settings: Any) -> nn.Module:
         settings |= {"weights_backbone": None}
     if plain in {"googlenet", "inception_v3"}:
         settings |= {"init_weights": True}
-    return get_model(plain, weights=None, **settings)
+    module = get_model(plain, weights=None, **settings)
+    return Dense(module) if kind == "detection" else module
 
 
 GROUP = Group("torchvision", names, make, lambda name: (name.partition("/")[0],))
