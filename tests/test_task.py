@@ -74,6 +74,20 @@ def test_kl_is_the_divergence_from_the_reference() -> None:
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 4, 1)])
+def test_one_number_per_row_is_compared_by_its_square_and_not_as_a_class(shape: tuple[int, ...]) -> None:
+    """A softmax over one class is always 1: every layer of a regressor would seem safe to drop."""
+    output, reference = torch.randn(shape), torch.randn(shape)
+    values, weights = Fidelity().losses(output, Batch((torch.ones(3, 2),)), reference)
+    assert torch.allclose(values, (output - reference).double().square().reshape(3, -1).sum(1) / 2, atol=1e-6)
+    assert weights.tolist() == [output[0].numel()] * 3
+    output.requires_grad_()
+    likelihood = Fidelity().likelihood(output, Batch((torch.ones(3, 2),)), torch.Generator().manual_seed(0))
+    (gradient,) = torch.autograd.grad(likelihood.sum(), output)
+    noise = torch.randn((3, 1) if shape == (3,) else shape, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(gradient, -noise.reshape(shape), atol=1e-5)  # a Gaussian's score
+
+
 def test_a_class_that_a_model_rules_out_gives_no_nan() -> None:
     p, q = torch.tensor([[1.0, 2.0, -torch.inf]]), torch.tensor([[1.0, 1.0, -torch.inf]])
     loss, _ = Fidelity().losses(q, Batch((q,)), p)

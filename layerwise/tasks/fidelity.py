@@ -21,7 +21,11 @@ from layerwise.tasks._contract import TASKS, Figures, Task, as_rows, classes_las
 @TASKS.register("fidelity")
 @dataclass(frozen=True)
 class Fidelity(Task):
-    """How far from the uncompressed model: KL(reference ‖ output) of logits, or 1 − cosine of embeddings (`kind`)."""
+    """How far from the uncompressed model: KL(reference ‖ output) of logits, or 1 − cosine of embeddings (`kind`).
+
+    One number per row is no distribution over classes (its softmax is always 1): it is a Gaussian's mean, of variance 1, whose
+    KL is half the squared difference, in nats.
+    """
 
     kind: str = "kl"
     name: ClassVar[str] = "fidelity"
@@ -31,8 +35,9 @@ class Fidelity(Task):
     def figures(self, output: Tensor, batch: Batch, reference: Tensor | None) -> Figures:
         if reference is None:
             raise UsageError("Fidelity compares with the uncompressed model's outputs, and none were given.")
+        output, reference = _columns(output), _columns(reference.to(output.device))
         keep = output_mask(batch, output)
-        loss, same = self._distance(classes_last(output), classes_last(reference.to(output.device)))
+        loss, same = self._distance(classes_last(output), classes_last(reference))
         figures = {"loss": ((loss * keep).sum(-1), keep.sum(-1))}
         figures["divergence"] = figures["loss"]
         if same is not None:
@@ -43,20 +48,31 @@ class Fidelity(Task):
         """(samples, positions) divergences and, for logits, whether both prefer the same class."""
         if self.kind == "cosine":
             return as_rows(cosine_distance(output, reference)), None
+        if output.shape[-1] == 1:
+            return as_rows((output.double() - reference.double()).square().sum(-1) / 2), None
         p, q = reference.double().log_softmax(-1), output.double().log_softmax(-1)
         # log q may be -inf where a model forbids a class outright; there p is 0 too, and 0·inf would be NaN
         terms = torch.where(p.exp() > 0, p.exp() * (p - q), 0.0)
         return as_rows(terms.sum(-1).clamp_min(0)), as_rows((output.argmax(-1) == reference.argmax(-1)).double())
 
     def likelihood(self, output: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+        output = _columns(output)
         keep, output = output_mask(batch, output), classes_last(output)
         if self.kind == "cosine":  # a unit-variance Gaussian around the output: the gradient is the drawn noise
             unit = F.normalize(output.float(), dim=-1)
             noise = torch.randn(unit.shape, generator=generator).to(output.device)
             return (as_rows((unit * noise).sum(-1)) * keep).sum(-1)
+        if output.shape[-1] == 1:  # an answer drawn from the Gaussian: what is differentiated is half the squared error
+            answer = output.detach().float() + torch.randn(output.shape, generator=generator).to(output.device)
+            return (as_rows((output.float() - answer).square().sum(-1) / 2) * keep).sum(-1)
         logits = output.float()
         nll = -logits.log_softmax(-1).gather(-1, drawn_classes(logits.detach(), generator)[..., None])[..., 0]
         return (as_rows(nll) * keep).sum(-1)
+
+
+def _columns(output: Tensor) -> Tensor:
+    """(samples,) as (samples, 1)."""
+    return output[:, None] if output.dim() == 1 else output
 
 
 def drawn_classes(logits: Tensor, generator: torch.Generator) -> Tensor:
