@@ -58,10 +58,12 @@ def _what() -> str:
         "gives the same bits twice, and so does a replay that changes nothing. **skip**: without any one of the layers that are "
         "called skippable, the model runs and gives a finite output of the same shape. **gradients**: one sweep with per-sample "
         f"gradients gives at least {100 * LEAST_SCORED:.0f} % of the layers (those that the main output depends on) a finite "
-        "score, and the scores differ. Weights are random (seed 0; of zeros none are left, and batch "
+        "score, and the scores differ; where the first scores are all equal, those of the cosine of the output count. "
+        "Weights are random (seed 0; of zeros none are left, and batch "
         "normalizations have seen a batch), "
         "two samples, float32, CPU: what is shown is that the "
-        "machinery works, not that a ranking is right."
+        "machinery works, not that a ranking is right. Models were judged at several commits of one night: what failed was "
+        "judged again after each change, what worked only in part."
     )
 
 
