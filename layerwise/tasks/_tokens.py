@@ -1,36 +1,43 @@
-"""Losses over the next token, for every task whose answer is a sequence of tokens."""
+"""What every task has whose answer is a sequence of tokens: the loss over the next token."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from layerwise.data import Batch
 from layerwise.errors import DataError
-from layerwise.tasks._contract import Figures, token_ids, token_mask
+from layerwise.tasks._contract import Figures, Task, token_ids, token_mask
 
 
-def token_figures(output: Tensor, batch: Batch) -> Figures:
-    """``loss`` (nats) and ``token_accuracy`` per token that counts, of logits (samples, tokens, vocabulary)."""
-    targets, keep = _targets(output, batch)
-    nll = _nll(output, targets)
-    hits = (output[:, :-1].argmax(-1) == targets).double()
-    weights = keep.sum(-1).double()
-    return {"loss": ((nll.double() * keep).sum(-1), weights), "token_accuracy": ((hits * keep).sum(-1), weights)}
+@dataclass(frozen=True)
+class TokenTask(Task):
+    """Abstract: logits (samples, tokens, vocabulary), judged by the token that comes next."""
 
+    quality: ClassVar[str] = "perplexity"
+    higher_is_better: ClassVar[bool] = False
 
-def token_likelihood(output: Tensor, batch: Batch) -> Tensor:
-    """(samples,): the negative log-likelihood of each sample's tokens, nats."""
-    targets, keep = _targets(output, batch)
-    return (_nll(output, targets) * keep).sum(-1)
+    def figures(self, output: Tensor, batch: Batch, reference: Tensor | None) -> Figures:
+        """``loss`` (nats) and ``token_accuracy``, per token that counts."""
+        targets, keep = _targets(output, batch)
+        nll = _nll(output, targets)
+        hits = (output[:, :-1].argmax(-1) == targets).double()
+        weights = keep.sum(-1).double()
+        return {"loss": ((nll.double() * keep).sum(-1), weights), "token_accuracy": ((hits * keep).sum(-1), weights)}
 
+    def likelihood(self, output: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+        targets, keep = _targets(output, batch)
+        return (_nll(output, targets) * keep).sum(-1)
 
-def perplexity(means: Mapping[str, float]) -> dict[str, float]:
-    """exp of the mean loss per token."""
-    return {"perplexity": math.exp(min(means["loss"], 700.0))}
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        """``perplexity``: exp of the mean loss per token."""
+        return {"perplexity": math.exp(min(means["loss"], 700.0))}
 
 
 def _nll(output: Tensor, targets: Tensor) -> Tensor:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from layerwise.data import Batch, Data
-from layerwise.tasks._contract import TASKS, Acted, Figures, Task
-from layerwise.tasks._tokens import perplexity, token_figures, token_likelihood
+from layerwise.data import Data
+from layerwise.tasks._contract import TASKS, Acted
+from layerwise.tasks._tokens import TokenTask
 
 if TYPE_CHECKING:
     from layerwise.model import UniversalModel
@@ -19,7 +15,7 @@ if TYPE_CHECKING:
 
 @TASKS.register("generation")
 @dataclass(frozen=True)
-class Generation(Task):
+class Generation(TokenTask):
     """Outputs, loss, ``perplexity`` and ``token_accuracy`` are those of language modelling; tokens labelled −100 are the prompt.
 
     Metrics of written texts: ``bleu`` (0 … 100, sacrebleu) and ``rouge`` (ROUGE-L, F of longest common subsequences). The first
@@ -31,17 +27,6 @@ class Generation(Task):
     tokens: int = 32
     tokenize: str = "13a"
     name: ClassVar[str] = "generation"
-    quality: ClassVar[str] = "perplexity"
-    higher_is_better: ClassVar[bool] = False
-
-    def figures(self, output: Tensor, batch: Batch, reference: Tensor | None) -> Figures:
-        return token_figures(output, batch)
-
-    def likelihood(self, output: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
-        return token_likelihood(output, batch)
-
-    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
-        return perplexity(means)
 
     def acted(self, model: UniversalModel, data: Data) -> Acted:
         from layerwise.tasks._decoding import Decoding, written_metrics  # it runs models, which know tasks

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from layerwise.data import Batch, Data
-from layerwise.tasks._contract import TASKS, Acted, Figures, Task
-from layerwise.tasks._tokens import perplexity, token_figures, token_likelihood
+from layerwise.data import Data
+from layerwise.tasks._contract import TASKS, Acted
+from layerwise.tasks._tokens import TokenTask
 
 if TYPE_CHECKING:
     from layerwise.model import UniversalModel
@@ -19,7 +15,7 @@ if TYPE_CHECKING:
 
 @TASKS.register("summarization")
 @dataclass(frozen=True)
-class Summarization(Task):
+class Summarization(TokenTask):
     """A sequence-to-sequence model with the summary's tokens for its decoder, and as labels ``(samples, tokens)`` with −100 for
     padding.
 
@@ -32,17 +28,6 @@ class Summarization(Task):
     tokens: int = 64
     tokenize: str = "13a"
     name: ClassVar[str] = "summarization"
-    quality: ClassVar[str] = "perplexity"
-    higher_is_better: ClassVar[bool] = False
-
-    def figures(self, output: Tensor, batch: Batch, reference: Tensor | None) -> Figures:
-        return token_figures(output, batch)
-
-    def likelihood(self, output: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
-        return token_likelihood(output, batch)
-
-    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
-        return perplexity(means)
 
     def acted(self, model: UniversalModel, data: Data) -> Acted:
         from layerwise.tasks._decoding import Decoding, written_metrics  # it runs models, which know tasks
