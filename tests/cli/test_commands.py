@@ -40,7 +40,7 @@ def as_json(capsys: pytest.CaptureFixture[str]) -> Json:
 
 
 def test_inspect_shows_the_tree(base: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "120")  # some libraries set 80, which breaks the last column's words
+    monkeypatch.setenv("COLUMNS", "120")  # in workers of pytest it is 80, which breaks the last column's words
     assert main(["inspect", *base]) == 0
     out = capsys.readouterr().out
     assert "net (other): 1,187 parameters" in out
