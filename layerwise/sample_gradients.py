@@ -163,10 +163,12 @@ class SampleGradients:
     def run_loop(self, losses: Tensor) -> int:
         """One backward pass per sample for the parameters in `loop`, which must require gradients; returns the number."""
         parameters = [p for p in self.loop if p.requires_grad]
-        rows = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses]
-        for parameter, grads in zip(parameters, zip(*rows, strict=True), strict=True):
-            stacked = torch.stack([torch.zeros_like(parameter) if g is None else g for g in grads])
-            self._emit(parameter, stacked)
+        rows: list[tuple[Tensor | None, ...]] = []
+        if losses.requires_grad:
+            rows = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses]
+        for i, parameter in enumerate(parameters):  # what no loss is reached by has a gradient of 0
+            grads = [row[i] for row in rows] or [None] * len(losses)
+            self._emit(parameter, torch.stack([torch.zeros_like(parameter) if g is None else g for g in grads]))
         return len(rows)
 
 

@@ -22,6 +22,7 @@ from layerwise.analyzer import Signal, Statistic
 from layerwise.attention_maps import AttentionCall, Emit, attending, attention_watched
 from layerwise.counts import Counts
 from layerwise.data import Batch
+from layerwise.errors import UserModelError
 from layerwise.model import UniversalModel
 from layerwise.sample_gradients import SampleGradients
 from layerwise.structure import Layer, Site
@@ -200,6 +201,13 @@ class Sweep:
         losses = self._likelihood(output, batch, seed)
         if not losses.requires_grad:
             return  # no layer's stream reaches the output: every gradient stays None, and the scores say so
+        if len(losses) != batch.size:
+            raise UserModelError(
+                f"The output has {len(losses)} rows for {batch.size} samples: which of them are a sample's is not known.",
+                place=self.model.name,
+                remedy="Give a wrapper whose output has the samples first: (samples, …).",
+                code="LW-U78",
+            )
         if self.gradients is not None and self.gradients.splits and not self._attribution_checked and losses.numel() > 1:
             self._checking = True  # one sample's gradient, which is no observation
             try:

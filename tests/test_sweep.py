@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from layerwise.analyzer import Signal, Statistic
 from layerwise.analyzers.gradient_based import BranchTaylor
 from layerwise.data import Batch
+from layerwise.errors import UserModelError
 from layerwise.model import UniversalModel
 from layerwise.sweep import Seen, Sweep, watched
-from layerwise.task import Classification
+from layerwise.task import Classification, Fidelity
 from tests.models import CASES, Case, images, vectors
 from tests.replicas import same_state, sample_gradients, state_of
 
@@ -123,6 +124,55 @@ def test_modules_that_fold_samples_together_are_caught_and_looped() -> None:
     losses = Classification().likelihood(net(*batch.args), batch, torch.Generator())
     expected = torch.stack([torch.autograd.grad(x, net.mix.weight, retain_graph=True)[0] for x in losses])
     torch.testing.assert_close(collector.found[layer.index, id(net.mix.weight)], expected)
+
+
+def test_what_is_looped_and_reaches_no_output_has_a_gradient_of_zero() -> None:
+    class Aside(nn.Module):
+        """Two matrices whose products nobody reads."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.both = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(2))
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for linear in self.both:
+                linear(x).detach()
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x)
+
+    torch.manual_seed(0)
+    batch = vectors(4)(4)
+    net = Aside()
+    model = UniversalModel(net, task=Classification(), example=batch)
+    collector = Collector()
+    sweep = Sweep(model, [collector])
+    assert sweep.gradients is not None
+    aside = net.both[0].weight
+    sweep.gradients.owner[aside] = (0,)
+    sweep.gradients.loop.add(aside)
+    sweep.batch(batch, seed=0)
+    assert collector.found[0, id(aside)].shape == (4, 4, 4)
+    assert not collector.found[0, id(aside)].any()
+
+
+def test_an_output_whose_rows_are_not_the_samples_is_refused() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return torch.cat([x, x])
+
+    batch = vectors(4)(4)
+    model = UniversalModel(Twice(), task=Fidelity(), example=batch)
+    with pytest.raises(UserModelError, match=r"LW-U78 .*8 rows for 4 samples"):
+        Sweep(model, [Collector()]).batch(Batch(batch.args), seed=0)
 
 
 def test_costs_one_forward_and_one_backward_per_batch_and_one_check() -> None:
