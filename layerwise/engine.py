@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +25,12 @@ from layerwise.model import UniversalModel
 from layerwise.observe import Observation, Progress, observe
 from layerwise.plan import CompressionPlan
 from layerwise.planner import Planner
-from layerwise.proofs import prove
-from layerwise.result import CompressionResult
+from layerwise.proofs import BATCHES, judged, prove
+from layerwise.result import CompressionResult, Proof
 from layerwise.scores import Scores
 from layerwise.selection import AUTO
 from layerwise.spec import built, written
+from layerwise.supplies import Supplies
 from layerwise.target import Target
 from layerwise.units import Granularity, granularities
 from layerwise.weights import check_finite
@@ -127,17 +129,31 @@ def compress(
     data: Any,
     *,
     report: ImportanceReport | None = None,
+    training: Any = None,
+    calibration: Any = None,
+    checkpoint: Path | None = None,
     progress: Progress | None = None,
 ) -> CompressionResult:
     """Carries out `plan` on a copy, measures both models side by side on `data` and proves the result.
 
-    The original is left alone. Proofs that fail are in ``result.proofs``; nothing is raised for them here.
+    Steps that train learn from `training` and stop by `data`; steps that watch activations watch `calibration` (default: the
+    training data, or else `data`). `checkpoint` is a folder from which training resumes to the same result. The original is left
+    alone. Proofs that fail are in ``result.proofs``; nothing is raised for them here.
     """
     original, batches = _universal(model), Data.of(data)
     original.see(batches[0])
-    applied = apply_plan(original, plan)
+    supplies = Supplies(
+        calibration=Data.of(calibration if calibration is not None else training if training is not None else batches),
+        training=None if training is None else Data.of(training),
+        validation=batches,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+    seen = [b.to(original.device) for b in islice(batches, BATCHES)]
+    steps = list[Proof]()
+    applied = apply_plan(original, plan, supplies, watch=lambda old, new, step: steps.append(judged(old, new, step, seen)))
     before, after = compare(original, applied.model, batches, progress=progress)
-    proofs = prove(original, applied.model, applied.plan, batches, before=before, after=after)
+    proofs = prove(original, applied.model, applied.plan, batches, before=before, after=after, steps=steps)
     about = {
         "name": original.name,
         "source": original.source.to_dict() if original.source else {},

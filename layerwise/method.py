@@ -4,12 +4,16 @@ Decision: a method changes the module in place and leaves every other layer's do
 readable after each of its steps. It also says how its effect is judged: a structural cut names a context in which the *uncut*
 model computes the same (`masked`); a method that changes values says which values are right (`check`). `reshape_` repeats only
 what the change does to the structure, which with the saved weights gives the model back.
+
+A method may choose by data what goes (units, ranks): `fitted` gives it with that choice in its settings, and that is what stands
+in the plan afterwards, so that the plan says what was really done and replays without data. A method that trains promises no
+values; it keeps the structure, and what it did to quality is measured.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
@@ -24,6 +28,7 @@ from layerwise.plan import CompressionPlan, Step
 from layerwise.registry import Registry
 from layerwise.source import Source
 from layerwise.structure import Layer
+from layerwise.supplies import NOTHING, Supplies
 from layerwise.tensors import dense, differing, distinct
 
 
@@ -56,6 +61,8 @@ class CompressionMethod(ABC):
     shrinks: ClassVar[frozenset[str]] = frozenset()
     structural: ClassVar[bool] = False  # the class alone would not take the weights afterwards; judged by `masked`
     selective: ClassVar[bool] = False  # the planner chooses the layers; otherwise it offers all that can be treated
+    needs: ClassVar[frozenset[str]] = frozenset()  # fields of `Supplies` without which it cannot work
+    trains: ClassVar[bool] = False  # it learns values on `Supplies.training`, so that no value can be foretold
 
     @classmethod
     def variants(cls) -> tuple[CompressionMethod, ...]:
@@ -75,8 +82,12 @@ class CompressionMethod(ABC):
         """What inside a treated layer stays as it was, in words."""
         return ()
 
+    def fitted(self, model: UniversalModel, layers: Sequence[str], supplies: Supplies) -> CompressionMethod:
+        """The method with every choice that depends on weights or data in its settings; itself once that is so."""
+        return self
+
     @abstractmethod
-    def apply_(self, model: UniversalModel, layers: Sequence[str]) -> None:
+    def apply_(self, model: UniversalModel, layers: Sequence[str], supplies: Supplies = NOTHING) -> None:
         """Changes ``model.module`` in place; `model.layers` are still those of before."""
 
     @abstractmethod
@@ -128,39 +139,58 @@ class Applied:
     failed: Mapping[str, str] = field(default_factory=dict)  # layer → why
 
 
-def apply_plan(model: UniversalModel, plan: CompressionPlan, *, skip_failures: bool = False) -> Applied:
-    """Carries out `plan` on a copy of `model`, which is left alone.
+Watch = Callable[[UniversalModel, UniversalModel, Step], None]  # the model before a step, the one after, the step as carried out
+
+
+def apply_plan(
+    model: UniversalModel,
+    plan: CompressionPlan,
+    supplies: Supplies = NOTHING,
+    *,
+    skip_failures: bool = False,
+    watch: Watch | None = None,
+) -> Applied:
+    """Carries out `plan` on a copy of `model`, which is left alone and is the teacher where `supplies` names none.
 
     A step after which the forward fails, or weights or outputs are no longer finite, is undone. Then it raises (`ProofFailed`
     LW-V05, `UserModelError`), or with `skip_failures` goes on without the layers that fail, found by trying one by one.
-    Raises `UsageError` for layers that a method cannot treat.
+    Raises `UsageError` for layers that a method cannot treat, and for supplies that it needs and are missing (LW-C15).
     """
+    supplies = replace(supplies, teacher=supplies.teacher or model)
     stage, done, remarks = model.clone(), list[Step](), list[str]()
     failed: dict[str, str] = {}
-    for step in plan.steps:
+    for number, step in enumerate(plan.steps):
         remarks += [r for name in step.layers for r in method_of(step).remarks(stage.layer(name))]
+        own, before = supplies.at(f"step{number}"), stage if number else model
         if skip_failures:
-            stage, parts = _attempted(stage, step, failed)
+            stage, parts = _attempted(stage, step, own, failed)
             done += parts
         else:
-            stage = apply_step_(stage, step)
-            done.append(step)
+            stage, made = apply_step_(stage.clone() if watch and number else stage, step, own)
+            done.append(made)
+            if watch is not None:
+                watch(before, stage, made)
     return Applied(stage, replace(plan, steps=tuple(done)), tuple(remarks), failed)
 
 
-def apply_step_(model: UniversalModel, step: Step) -> UniversalModel:
-    """Changes ``model.module`` in place and gives it with the layers that are left and the step noted in its source."""
+def apply_step_(model: UniversalModel, step: Step, supplies: Supplies = NOTHING) -> tuple[UniversalModel, Step]:
+    """Changes ``model.module`` in place and gives it with the layers that are left, and the step with its choices made, which is
+    also noted in the model's source.
+    """
     method = method_of(step)
     if refused := untreated(method, model, step.layers):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise UsageError(f"{step.method} cannot treat {reasons}.", remedy="Take these layers out of the plan.")
+    supplies.check(step.method, method.needs)
     was_finite = not _not_finite(model)
-    method.apply_(model, step.layers)
-    changed = model.changed(model.module, source=noted(model, step))
+    method = method.fitted(model, step.layers, supplies)
+    made = step_of(method, step.layers)
+    method.apply_(model, step.layers, supplies)
+    changed = model.changed(model.module, source=noted(model, made))
     if was_finite and (what := _not_finite(changed)):
         place = ", ".join(step.layers[:3]) + (" …" if len(step.layers) > 3 else "")
         raise ProofFailed(f"{step.method} made {what} not finite.", place=place, code="LW-V05")
-    return changed
+    return changed, made
 
 
 def replay_(model: UniversalModel, steps: Sequence[Step]) -> UniversalModel:
@@ -189,19 +219,31 @@ def outlined(model: UniversalModel) -> dict[str, Any] | None:
         return None
 
 
-def _attempted(stage: UniversalModel, step: Step, failed: dict[str, str]) -> tuple[UniversalModel, list[Step]]:
+def _attempted(
+    stage: UniversalModel, step: Step, supplies: Supplies, failed: dict[str, str]
+) -> tuple[UniversalModel, list[Step]]:
     """The stage after as much of `step` as works, and those parts; adds the layers that fail to `failed`."""
     try:
-        return apply_step_(stage.clone(), step), [step]
+        changed, made = apply_step_(stage.clone(), step, supplies)
+        return changed, [made]
     except (ProofFailed, UserModelError) as error:
         if method_of(step).whole or len(step.layers) < 2:
             failed |= dict.fromkeys(step.layers or ("the whole model",), f"{step.method}: {error.what}")
             return stage, []
-    kept: list[str] = []
+    done = list[Step]()
     for name in step.layers:
-        stage, parts = _attempted(stage, replace(step, layers=(name,)), failed)
-        kept += [name] if parts else []
-    return stage, [replace(step, layers=tuple(kept))] if kept else []
+        stage, parts = _attempted(stage, replace(step, layers=(name,)), supplies, failed)
+        done += parts
+    return stage, _joined(done)
+
+
+def _joined(steps: Sequence[Step]) -> list[Step]:
+    """The steps, those with equal settings as one."""
+    joined: dict[str, Step] = {}
+    for step in steps:
+        key = repr(sorted(step.settings.items()))
+        joined[key] = replace(step, layers=joined[key].layers + step.layers) if key in joined else step
+    return list(joined.values())
 
 
 def _not_finite(model: UniversalModel) -> str:

@@ -1,8 +1,10 @@
 """Compression is verified or it did not happen: the checks that every result carries.
 
 1. *equivalence*, one per step: a structural cut computes what the uncut model computes with those layers masked; a method that
-   changes values gives exactly the values it says. Steps before the last are carried out again on a copy to compare against; the
-   last is judged on the very model that is handed over, so that whatever went wrong on the way to it shows.
+   changes values gives exactly the values it says; one that trains keeps the structure (`judged`, which the engine calls as the
+   steps are carried out). Without these judgements, steps before the last are carried out again on a copy to compare against; the
+   last is judged on the very model that is handed over, so that whatever went wrong on the way to it shows. What a training step
+   gives cannot be carried out again, and is then said to be not judged.
 2. *shrinkage*: what was promised and what was asked for, measured.
 3. *reload*: saved, built again from source + plan + safetensors by a fresh process, and run: equal outputs, bit for bit.
 4. *export parity* belongs to each artifact, see `layerwise.artifact`.
@@ -13,6 +15,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -28,6 +31,8 @@ from layerwise.plan import CompressionPlan, Step
 from layerwise.reload_check import Reload, reload_in_fresh_process
 from layerwise.result import Measurement, Proof
 from layerwise.saved import load_saved, save_model, unfolded
+from layerwise.supplies import NOTHING, Supplies
+from layerwise.tensors import state
 
 BOUND = 1e-5  # of the largest output; float32 leaves 1e-7 per operation, and a layer that is really cut differs by 1e-2 or more
 BATCHES = 4
@@ -42,14 +47,17 @@ def prove(
     before: Measurement | None = None,
     after: Measurement | None = None,
     reload: bool = True,
+    steps: Sequence[Proof] | None = None,
+    supplies: Supplies = NOTHING,
 ) -> tuple[Proof, ...]:
     """Every proof of `compressed` = `plan` on `original`. Failed ones are returned, not raised.
 
-    `before` and `after` are measured here when they are not given. `reload` may be left out, since it starts a process.
+    `before` and `after` are measured here when they are not given; `steps` are the judgements of the steps, made here with
+    `supplies` when they are not given. `reload` may be left out, since it starts a process.
     """
     batches = [b.to(original.device) for b in islice(data, BATCHES)]
     original.see(batches[0])
-    proofs = list(equivalence(original, compressed, plan, batches))
+    proofs = list(equivalence(original, compressed, plan, batches, supplies) if steps is None else steps)
     try:
         if before is None or after is None:
             before, after = compare(original, compressed, data)
@@ -62,21 +70,31 @@ def prove(
 
 
 def equivalence(
-    original: UniversalModel, compressed: UniversalModel, plan: CompressionPlan, batches: Sequence[Batch]
+    original: UniversalModel,
+    compressed: UniversalModel,
+    plan: CompressionPlan,
+    batches: Sequence[Batch],
+    supplies: Supplies = NOTHING,
 ) -> Iterator[Proof]:
-    """One proof per step."""
-    stage = original
+    """One proof per step, as far as steps can be carried out again."""
+    stage, supplies = original, replace(supplies, teacher=supplies.teacher or original)
     for number, step in enumerate(plan.steps, start=1):
         last = number == len(plan.steps)
-        changed = compressed if last else apply_step_(stage.clone(), step)
-        yield _judged(stage, changed, step, batches)
+        if method_of(step).trains and not last:
+            yield Proof("kept_structure", None, f"{step.method}: not judged: what it learned cannot be carried out again.")
+            return
+        changed = compressed if last else apply_step_(stage.clone(), step, supplies)[0]
+        yield judged(stage, changed, step, batches)
         stage = changed
 
 
-def _judged(before: UniversalModel, after: UniversalModel, step: Step, batches: Sequence[Batch]) -> Proof:
+def judged(before: UniversalModel, after: UniversalModel, step: Step, batches: Sequence[Batch]) -> Proof:
+    """Whether `after` is what `step`, as it was carried out, should make of `before`."""
     method = method_of(step)
-    name = "masked_equivalence" if method.structural else "expected_values"
+    name = "kept_structure" if method.trains else "masked_equivalence" if method.structural else "expected_values"
     try:
+        if method.trains:
+            return _kept_structure(before, after, step, method)
         if method.structural:
             return _masked_equivalence(before, after, step, batches, method)
         return _expected_values(before, after, step, batches, method)
@@ -137,6 +155,19 @@ def _expected_values(
         moved = relative_error(after.predict(batches[0]), before.predict(batches[0]))
         detail += f"; the outputs move by {moved:.2g} of the largest"
     return Proof("expected_values", check.passed, detail, float(check.measured), float(check.bound), check.place)
+
+
+def _kept_structure(before: UniversalModel, after: UniversalModel, step: Step, method: CompressionMethod) -> Proof:
+    """Training leaves modules, names and shapes alone; the method's own check may ask for more (masks, finite weights)."""
+    check = _same_modules(before.module, after.module) or _same_shapes(before.module, after.module)
+    check = check or method.check(before, after, step.layers) or Check(0, 0, "modules, names and shapes are as they were")
+    return Proof("kept_structure", check.passed, f"{step.method}: {check.detail}", check.measured, check.bound, check.place)
+
+
+def _same_shapes(before: nn.Module, after: nn.Module) -> Check | None:
+    old, new = ({name: tuple(t.shape) for name, t in state(m).items()} for m in (before, after))
+    other = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return Check(len(other), 0, "tensors of another shape than before training", other[0]) if other else None
 
 
 def _same_modules(before: nn.Module, after: nn.Module) -> Check | None:
@@ -208,4 +239,4 @@ def _in_this_process(folder: Path, original: UniversalModel, compressed: Univers
     return Reload.of(again.predict(batch), compressed.predict(batch), detail)
 
 
-__all__ = ["equivalence", "prove", "relative_error", "reloads", "shrinkage", "speed_in_words"]
+__all__ = ["BATCHES", "equivalence", "judged", "prove", "relative_error", "reloads", "shrinkage", "speed_in_words"]

@@ -14,6 +14,7 @@ from layerwise.errors import ProofFailed, UsageError
 from layerwise.method import METHODS, apply_plan, method_of, step_of
 from layerwise.model import UniversalModel
 from layerwise.plan import CompressionPlan, Step
+from layerwise.supplies import NOTHING, Supplies
 from tests.models import CASES
 
 BROKEN = "blocks.2"
@@ -60,7 +61,7 @@ def nan_at_one_layer(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     fired: list[str] = []
     original = MagnitudePruning.apply_
 
-    def apply_(self: MagnitudePruning, model: UniversalModel, layers: Sequence[str]) -> None:
+    def apply_(self: MagnitudePruning, model: UniversalModel, layers: Sequence[str], supplies: Supplies = NOTHING) -> None:
         original(self, model, layers)
         if BROKEN in layers:
             with torch.no_grad():

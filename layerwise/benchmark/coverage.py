@@ -5,7 +5,7 @@
 - *replay*: the forward gives the same bits twice, and so does a replay that changes nothing, from the cache alone and with every
   block after the first really run;
 - *skip*: without any one of the layers that are called skippable, the model runs and gives a finite output of the same shape;
-- *gradients*: one sweep with per-sample gradients gives every layer that the output depends on a finite score, not all equal.
+- *gradients*: one sweep with per-sample gradients gives at least `LEAST_SCORED` of the layers a finite score, not all equal.
 """
 
 from __future__ import annotations

@@ -62,8 +62,7 @@ def _what() -> str:
         "Weights are random (seed 0; of zeros none are left, and batch "
         "normalizations have seen a batch), "
         "two samples, float32, CPU: what is shown is that the "
-        "machinery works, not that a ranking is right. Models were judged at several commits of one night: what failed was "
-        "judged again after each change, what worked only in part."
+        "machinery works, not that a ranking is right."
     )
 
 

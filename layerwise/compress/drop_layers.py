@@ -16,6 +16,7 @@ from layerwise.errors import UsageError
 from layerwise.method import METHODS, Check, CompressionMethod, exactly
 from layerwise.model import UniversalModel
 from layerwise.structure import Layer, Stream
+from layerwise.supplies import NOTHING, Supplies
 from layerwise.tensors import state
 from layerwise.trace import evaluating, run
 
@@ -42,7 +43,7 @@ class DropLayers(CompressionMethod):
             return f"coupled: it also gives {where}, which it computes itself and later layers may need"
         return ""
 
-    def apply_(self, model: UniversalModel, layers: Sequence[str]) -> None:
+    def apply_(self, model: UniversalModel, layers: Sequence[str], supplies: Supplies = NOTHING) -> None:
         forms = _forms(model, layers)
         for name in layers:
             layer = model.layer(name)

@@ -14,6 +14,7 @@ from layerwise.errors import UsageError, UserModelError, nearest
 from layerwise.method import METHODS, Check, CompressionMethod, exactly
 from layerwise.model import UniversalModel
 from layerwise.structure import Layer
+from layerwise.supplies import NOTHING, Supplies
 from layerwise.tensors import state, wraps
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -48,7 +49,7 @@ class HalfPrecision(CompressionMethod):
         """Any layer; the layers of the step are a matter of record, as the model is cast as one."""
         return "its weights are quantized already" if any(wraps(p) for p in layer.module.parameters()) else ""
 
-    def apply_(self, model: UniversalModel, layers: Sequence[str]) -> None:
+    def apply_(self, model: UniversalModel, layers: Sequence[str], supplies: Supplies = NOTHING) -> None:
         dtype = DTYPES[self.dtype]
         _refuse_quantized(model.module)
         if any(isinstance(h, _Door) and h.dtype != dtype for h in model.module._forward_pre_hooks.values()):

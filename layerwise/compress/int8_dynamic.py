@@ -14,6 +14,7 @@ from layerwise.method import METHODS, Check, CompressionMethod
 from layerwise.model import UniversalModel
 from layerwise.quiet import silence_import_noise
 from layerwise.structure import Layer
+from layerwise.supplies import NOTHING, Supplies
 from layerwise.tensors import dense, differing, state, wraps
 
 
@@ -42,7 +43,7 @@ class Int8Dynamic(CompressionMethod):
         ]
         return (f"int8_dynamic leaves {', '.join(left)} in {layer.name} as they are",) if left else ()
 
-    def apply_(self, model: UniversalModel, layers: Sequence[str]) -> None:
+    def apply_(self, model: UniversalModel, layers: Sequence[str], supplies: Supplies = NOTHING) -> None:
         torchao = _torchao()
         chosen = {m for name in layers for m in linears(model.layer(name).module).values()}
         config = torchao.Int8DynamicActivationInt8WeightConfig()

@@ -13,6 +13,7 @@ from layerwise.errors import UsageError
 from layerwise.method import METHODS, Check, CompressionMethod, exactly
 from layerwise.model import UniversalModel
 from layerwise.structure import Layer
+from layerwise.supplies import NOTHING, Supplies
 from layerwise.tensors import state, wraps
 
 SCOPES = ("local", "global")
@@ -51,7 +52,7 @@ class MagnitudePruning(CompressionMethod):
             return "its weights are quantized already"
         return "" if any(p.dim() > 1 for p in layer.module.parameters()) else "has no weight matrix"
 
-    def apply_(self, model: UniversalModel, layers: Sequence[str]) -> None:
+    def apply_(self, model: UniversalModel, layers: Sequence[str], supplies: Supplies = NOTHING) -> None:
         weights = weights_of(model.module, layers)
         with torch.no_grad():
             for group in [[w] for w in weights.values()] if self.scope == "local" else [list(weights.values())]:
