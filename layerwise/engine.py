@@ -151,7 +151,9 @@ def compress(
     )
     seen = [b.to(original.device) for b in islice(batches, BATCHES)]
     steps = list[Proof]()
-    applied = apply_plan(original, plan, supplies, watch=lambda old, new, step: steps.append(judged(old, new, step, seen)))
+    applied = apply_plan(
+        original, plan, supplies, watch=lambda old, new, step: steps.append(judged(old, new, step, seen, supplies))
+    )
     before, after = compare(original, applied.model, batches, progress=progress)
     proofs = prove(original, applied.model, applied.plan, batches, before=before, after=after, steps=steps)
     about = {

@@ -98,9 +98,19 @@ class CompressionMethod(ABC):
         """Inside, the uncut `model` computes what the cut one should; None unless the method is `structural`."""
         return None
 
+    def masked_like(
+        self, model: UniversalModel, cut: UniversalModel, layers: Sequence[str]
+    ) -> AbstractContextManager[None] | None:
+        """As `masked`, for a method that has to look at the cut model to know what it kept, such as directions."""
+        return self.masked(model, layers)
+
     def check(self, before: UniversalModel, after: UniversalModel, layers: Sequence[str]) -> Check | None:
         """Whether the values of `after` follow from those of `before`, tensor by tensor; None where only `masked` can tell."""
         return None
+
+    def check_on(self, before: UniversalModel, after: UniversalModel, layers: Sequence[str], supplies: Supplies) -> Check | None:
+        """As `check`, for values that are right only on the data that they were made for."""
+        return self.check(before, after, layers)
 
 
 COMPRESSED = "compressed"  # the kind of source that replays steps on another source
@@ -160,22 +170,23 @@ def apply_plan(
     stage, done, remarks = model.clone(), list[Step](), list[str]()
     failed: dict[str, str] = {}
     for number, step in enumerate(plan.steps):
-        remarks += [r for name in step.layers for r in method_of(step).remarks(stage.layer(name))]
         own, before = supplies.at(f"step{number}"), stage if number else model
         if skip_failures:
-            stage, parts = _attempted(stage, step, own, failed)
+            stage, parts = _attempted(stage, step, own, failed, remarks)
             done += parts
         else:
-            stage, made = apply_step_(stage.clone() if watch and number else stage, step, own)
+            stage, made = apply_step_(stage.clone() if watch and number else stage, step, own, remarks)
             done.append(made)
             if watch is not None:
                 watch(before, stage, made)
     return Applied(stage, replace(plan, steps=tuple(done)), tuple(remarks), failed)
 
 
-def apply_step_(model: UniversalModel, step: Step, supplies: Supplies = NOTHING) -> tuple[UniversalModel, Step]:
+def apply_step_(
+    model: UniversalModel, step: Step, supplies: Supplies = NOTHING, remarks: list[str] | None = None
+) -> tuple[UniversalModel, Step]:
     """Changes ``model.module`` in place and gives it with the layers that are left, and the step with its choices made, which is
-    also noted in the model's source.
+    also noted in the model's source. What inside its layers stays as it was is added to `remarks`.
     """
     method = method_of(step)
     if refused := untreated(method, model, step.layers):
@@ -185,11 +196,14 @@ def apply_step_(model: UniversalModel, step: Step, supplies: Supplies = NOTHING)
     was_finite = not _not_finite(model)
     method = method.fitted(model, step.layers, supplies)
     made = step_of(method, step.layers)
+    said = [remark for name in step.layers for remark in method.remarks(model.layer(name))]
     method.apply_(model, step.layers, supplies)
     changed = model.changed(model.module, source=noted(model, made))
     if was_finite and (what := _not_finite(changed)):
         place = ", ".join(step.layers[:3]) + (" …" if len(step.layers) > 3 else "")
         raise ProofFailed(f"{step.method} made {what} not finite.", place=place, code="LW-V05")
+    if remarks is not None:
+        remarks += said
     return changed, made
 
 
@@ -220,11 +234,11 @@ def outlined(model: UniversalModel) -> dict[str, Any] | None:
 
 
 def _attempted(
-    stage: UniversalModel, step: Step, supplies: Supplies, failed: dict[str, str]
+    stage: UniversalModel, step: Step, supplies: Supplies, failed: dict[str, str], remarks: list[str]
 ) -> tuple[UniversalModel, list[Step]]:
     """The stage after as much of `step` as works, and those parts; adds the layers that fail to `failed`."""
     try:
-        changed, made = apply_step_(stage.clone(), step, supplies)
+        changed, made = apply_step_(stage.clone(), step, supplies, remarks)
         return changed, [made]
     except (ProofFailed, UserModelError) as error:
         if method_of(step).whole or len(step.layers) < 2:
@@ -232,7 +246,7 @@ def _attempted(
             return stage, []
     done = list[Step]()
     for name in step.layers:
-        stage, parts = _attempted(stage, replace(step, layers=(name,)), supplies, failed)
+        stage, parts = _attempted(stage, replace(step, layers=(name,)), supplies, failed, remarks)
         done += parts
     return stage, _joined(done)
 

@@ -84,30 +84,37 @@ def equivalence(
             yield Proof("kept_structure", None, f"{step.method}: not judged: what it learned cannot be carried out again.")
             return
         changed = compressed if last else apply_step_(stage.clone(), step, supplies)[0]
-        yield judged(stage, changed, step, batches)
+        yield judged(stage, changed, step, batches, supplies)
         stage = changed
 
 
-def judged(before: UniversalModel, after: UniversalModel, step: Step, batches: Sequence[Batch]) -> Proof:
-    """Whether `after` is what `step`, as it was carried out, should make of `before`."""
+def judged(
+    before: UniversalModel, after: UniversalModel, step: Step, batches: Sequence[Batch], supplies: Supplies = NOTHING
+) -> Proof:
+    """Whether `after` is what `step`, as it was carried out with `supplies`, should make of `before`."""
     method = method_of(step)
     name = "kept_structure" if method.trains else "masked_equivalence" if method.structural else "expected_values"
     try:
         if method.trains:
             return _kept_structure(before, after, step, method)
         if method.structural:
-            return _masked_equivalence(before, after, step, batches, method)
-        return _expected_values(before, after, step, batches, method)
+            return _masked_equivalence(before, after, step, batches, method, supplies)
+        return _expected_values(before, after, step, batches, method, supplies)
     except LayerwiseError as error:  # a result so wrong that it does not run
         return Proof(name, False, f"{step.method}: {error}")
 
 
 def _masked_equivalence(
-    before: UniversalModel, after: UniversalModel, step: Step, batches: Sequence[Batch], method: CompressionMethod
+    before: UniversalModel,
+    after: UniversalModel,
+    step: Step,
+    batches: Sequence[Batch],
+    method: CompressionMethod,
+    supplies: Supplies,
 ) -> Proof:
-    left = {layer.name for layer in after.layers} - set(step.layers)
+    left = {layer.name for layer in after.layers}
     names = [layer.name for layer in before.layers if layer.name in left and layer.stream is not None]
-    masked = method.masked(before, step.layers)
+    masked = method.masked_like(before, after, step.layers)
     assert masked is not None  # the contract of a structural method
     worst, first = 0.0, ""
     with masked:
@@ -119,7 +126,7 @@ def _masked_equivalence(
         f"{step.method} on {len(step.layers)} layers: largest difference from the uncut model with them masked, "
         f"relative to its largest output, over {sum(b.size for b in batches)} samples"
     )
-    check = method.check(before, after, step.layers)
+    check = method.check_on(before, after, step.layers, supplies)
     if worst <= BOUND and check is not None and not check.passed:
         return Proof("masked_equivalence", False, f"{step.method}: {check.detail}", check.measured, check.bound, check.place)
     return Proof("masked_equivalence", worst <= BOUND, detail, worst, BOUND, "" if worst <= BOUND else first)
@@ -131,7 +138,9 @@ def _first_difference(before: UniversalModel, after: UniversalModel, batch: Batc
         expected = before.predict(batch)
     with after.capture(names) as found:
         output = after.predict(batch)
-    apart = (n for n in names if n in wanted and n in found and not relative_error(found[n][1], wanted[n][1]) <= BOUND)
+    pairs = {n: (found[n][1], wanted[n][1]) for n in names if n in wanted and n in found}
+    # a cut layer may rightly give fewer features; then the next one whose shape stayed tells
+    apart = (n for n, (a, b) in pairs.items() if a.shape == b.shape and not relative_error(a, b) <= BOUND)
     return relative_error(output, expected), next(apart, "the model's outputs")
 
 
@@ -146,9 +155,14 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 
 def _expected_values(
-    before: UniversalModel, after: UniversalModel, step: Step, batches: Sequence[Batch], method: CompressionMethod
+    before: UniversalModel,
+    after: UniversalModel,
+    step: Step,
+    batches: Sequence[Batch],
+    method: CompressionMethod,
+    supplies: Supplies,
 ) -> Proof:
-    check = _same_modules(before.module, after.module) or method.check(before, after, step.layers)
+    check = _same_modules(before.module, after.module) or method.check_on(before, after, step.layers, supplies)
     assert check is not None  # the contract of a method that is not structural
     detail = f"{step.method}: {check.detail}"
     if check.passed:  # otherwise it may not even run
