@@ -10,91 +10,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import resource
-import selectors
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from layerwise.benchmark.worker import MEMORY, SECONDS, Worker, serve
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "coverage.json", ROOT / "docs" / "coverage.md"
 OUT = ROOT / "runs" / "coverage"
-SECONDS, MEMORY = 240, 10 * 2**30  # for one model
-SERVED = 150  # models per worker: what libraries keep for themselves must not add up
-
-
-def limited() -> None:
-    """In the worker, before it becomes Python: no more memory than one model may take."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-
-
-def serve() -> None:
-    """A worker: reads ``group name`` lines, writes one JSON line for each."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print must not come between the answers
-    from layerwise.benchmark.catalogue import examined
-
-    for line in sys.stdin:
-        group, _, name = line.strip().partition(" ")
-        answers.write(json.dumps(examined(group, name)) + "\n")
-
-
-class Worker:
-    """A process that judges one model after another, and is replaced when it dies, hangs or has served long enough."""
-
-    def __init__(self) -> None:
-        self.process: subprocess.Popen[str] | None = None
-        self.served = 0
-
-    def judge(self, group: str, name: str) -> dict[str, Any]:
-        """The model's record; where the worker was lost, how."""
-        if self.process is None or self.served >= SERVED:
-            self.stop()
-            self.start()
-        assert self.process is not None  # started
-        assert self.process.stdin is not None  # a pipe
-        self.served += 1
-        self.process.stdin.write(f"{group} {name}\n")
-        self.process.stdin.flush()
-        answer = self._answer()
-        if answer:
-            return json.loads(answer)
-        code = self.process.poll()
-        self.stop()
-        lost = f"no answer within {SECONDS} s" if code is None else f"the process died ({code})"
-        return {"group": group, "name": name, "built": True, "error": lost}
-
-    def _answer(self) -> str:
-        assert self.process is not None  # started
-        assert self.process.stdout is not None  # a pipe
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.process.stdout, selectors.EVENT_READ)
-            ready = selector.select(SECONDS)
-        return self.process.stdout.readline() if ready else ""
-
-    def start(self) -> None:
-        command = [sys.executable, "-W", "ignore", __file__, "--worker"]
-        settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=settings, preexec_fn=limited, cwd=ROOT
-        )
-        self.served = 0
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-        self.process = None
 
 
 def main() -> None:
     chosen = arguments()
     if chosen.worker:
-        serve()
+        from layerwise.benchmark.catalogue import examined
+
+        serve(lambda line: examined(*line.split(" ", 1)))
         return
     from layerwise.benchmark.coverage_page import page
     from layerwise.files import write_atomic
@@ -125,7 +58,7 @@ def judged(chosen: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, 
     from layerwise.benchmark.coverage_page import passed
     from layerwise.benchmark.store import Store
 
-    store, worker, records, listed = Store(OUT, "2"), Worker(), [], {}
+    store, worker, records, listed = Store(OUT, "2"), Worker(__file__, "--worker", folder=ROOT), [], {}
     for group in chosen.groups or GROUPS:
         names = store.once(f"{group}/names", GROUPS[group].names, version(group))
         listed[group] = len(names)
@@ -137,7 +70,9 @@ def judged(chosen: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, 
             if chosen.collect and record is None:
                 continue
             if record is None or (chosen.failed and not passed(record)):
-                record = worker.judge(group, name) | {"kinds": list(GROUPS[group].kinds(name))}
+                answer = worker.ask(f"{group} {name}")
+                lost = {"group": group, "name": name, "built": True, "error": answer}
+                record = (lost if isinstance(answer, str) else answer) | {"kinds": list(GROUPS[group].kinds(name))}
                 store.replace(piece, record)
                 print(group, name, record.get("seconds", ""), *said(record), flush=True)
             records.append(record)

@@ -42,14 +42,14 @@ def examined(group: str, name: str) -> dict[str, Any]:
     except Exception as error:  # one model must not stop the run
         record["error"] = brief(error)
     gc.collect()
-    return _without_places(record) | {"seconds": round(time.monotonic() - started, 1)}
+    return without_places(record) | {"seconds": round(time.monotonic() - started, 1)}
 
 
-def _without_places(value: Any) -> Any:
+def without_places(value: Any) -> Any:
     """Reasons name the library's file, not where this machine keeps it."""
     if isinstance(value, dict):
-        return {key: _without_places(inner) for key, inner in value.items()}
+        return {key: without_places(inner) for key, inner in value.items()}
     return PLACE.sub("", value) if isinstance(value, str) else value
 
 
-__all__ = ["GROUPS", "examined"]
+__all__ = ["GROUPS", "examined", "without_places"]

@@ -1,0 +1,137 @@
+"""Structured pruning without any effort, on every architecture: ``python benchmarks/compression_structure.py``.
+
+One process prunes a quarter of the units of every layer that can be treated, proves the cut and saves; a second one, which never
+saw the model, builds it again from class, plan and safetensors (and by `from_pretrained` where the folder is a plain one of
+transformers) and compares the outputs. What is finished lies in ``runs/cutting`` and is not done again (``--fresh``: all is,
+``--failed``: what did not work is). ``--groups`` and ``--only`` do a part and leave the committed results alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from layerwise.benchmark.worker import Worker, serve
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "compression_structure.json"
+OUT = ROOT / "runs" / "cutting"
+COMMAND = "python benchmarks/compression_structure.py"
+GROUPS = ("timm", "transformers", "torchvision", "torchaudio", "graph")
+MUST = {"timm": 0.90, "transformers": 0.95}
+
+
+def main() -> None:
+    chosen = arguments()
+    if chosen.worker:
+        serve(answered)
+        return
+    records = list(judged(chosen))
+    if chosen.groups or chosen.only:
+        return  # a part is no result
+    from layerwise.files import write_atomic
+
+    write_atomic(
+        RESULTS,
+        json.dumps({"command": COMMAND, **machine(), "rows": records}, indent=1) + "\n",
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--groups", nargs="*", help="only these groups; the committed results stay as they are")
+    parser.add_argument("--only", default="", help="only names that match this regular expression; likewise")
+    parser.add_argument("--fresh", action="store_true", help="do again what was done before")
+    parser.add_argument("--failed", action="store_true", help="do again what did not work before")
+    parser.add_argument("--collect", action="store_true", help="do nothing more: write what has been done so far")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def answered(question: str) -> dict[str, Any]:
+    """In a worker: ``cut FOLDER GROUP NAME`` or ``rebuilt FOLDER GROUP NAME``."""
+    from layerwise.benchmark.cutting import cut, rebuilt
+
+    verb, folder, group, name = question.split(" ", 3)
+    return {"cut": cut, "rebuilt": rebuilt}[verb](group, name, Path(folder))
+
+
+def judged(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The records of all chosen models, each kept in `OUT` as soon as it is there."""
+    from layerwise.benchmark.catalogue import GROUPS as CATALOGUE
+    from layerwise.benchmark.cutting import why_not
+    from layerwise.benchmark.store import Store
+
+    store, workers = Store(OUT, "1"), [Worker(__file__, "--worker", folder=ROOT) for _ in range(2)]
+    for group in chosen.groups or GROUPS:
+        for name in CATALOGUE[group].names():
+            if not re.search(chosen.only, name):
+                continue
+            piece = f"{group}/{name}"
+            record = None if chosen.fresh else store.once(piece, lambda: None)
+            if record is None and chosen.collect:
+                continue
+            if record is None or (chosen.failed and why_not(record)):
+                record = one(workers, group, name) | {"kinds": list(CATALOGUE[group].kinds(name))}
+                store.replace(piece, record)
+                print(group, name, record.get("seconds", ""), why_not(record)[:300] or "ok", flush=True)
+            yield record
+    for worker in workers:
+        worker.stop()
+
+
+def one(workers: list[Worker], group: str, name: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="layerwise-cutting-") as folder:
+        record = workers[0].ask(f"cut {folder} {group} {name}")
+        if isinstance(record, str):
+            return {"group": group, "name": name, "built": True, "error": record}
+        if record["built"] and not record.get("error"):
+            again = workers[1].ask(f"rebuilt {folder} {group} {name}")
+            record |= {"error": f"built again: {again}"} if isinstance(again, str) else again
+        return record
+
+
+def machine() -> dict[str, Any]:
+    from layerwise.config import RunConfig
+    from layerwise.environment import environment
+
+    found = environment(RunConfig())
+    return {"device": found["cpu"], "threads": 1, "versions": found["packages"], "seeds": [0]}
+
+
+SAID = """A quarter of the units (attention heads or groups of them, hidden units, inner channels) of every layer, chosen by
+magnitude, nothing set by hand and nothing trained. Counted is a model that has fewer parameters, whose outputs are those of the
+uncut model with the same units masked (largest difference ≤ 1e-5 of the largest output, float32), and which a process that never
+saw it builds again to the same outputs. Random weights (seed 0): what is shown is that the cut is right, not that it is good."""
+
+
+def section(result: dict[str, Any]) -> str:
+    """The part of docs/compression_results.md: counts per group, and every miss with its reason."""
+    from layerwise.benchmark.cutting import why_not
+
+    rows, misses = [], list[str]()
+    for group in GROUPS:
+        built = [r for r in result["rows"] if r["group"] == group and r["built"]]
+        good = [r for r in built if not why_not(r)]
+        left = sorted(r["parameters"][1] / r["parameters"][0] for r in good)
+        share = f"{len(good)} of {len(built)} ({100 * len(good) / max(len(built), 1):.1f} %)"
+        plain = sum(bool(r.get("plain")) for r in good)
+        asked = f"≥ {100 * MUST[group]:.0f} %" if group in MUST else "–"
+        rows.append(f"| {group} | {share} | {asked} | {plain or '–'} | {left[len(left) // 2] if left else 0:.2f} |")
+        misses += [f"| {group} | {r['name']} | {why_not(r)[:200].replace('|', '/')} |" for r in built if why_not(r)]
+    head = ["| group | works, of those built | asked | `from_pretrained` loads it alone | parameters left (median) |"]
+    unbuilt = Counter(r["group"] for r in result["rows"] if not r["built"])
+    said = ", ".join(f"{n} of {group}" for group, n in unbuilt.items()) or "none"
+    table = [*head, "|---|---|---|---|---|", *rows, "", f"Not built here, and not counted: {said}.", ""]
+    missed = ["What does not work:", "", "| group | model | why |", "|---|---|---|", *misses]
+    return "\n".join([SAID, "", *table, *missed])
+
+
+if __name__ == "__main__":
+    main()
