@@ -20,6 +20,7 @@ Progress = Callable[[int, int], None]  # done, in all
 class Supplies:
     """`calibration`: inputs to watch activations and gradients on. `training`: batches with targets to learn from, `validation`
     those that training is judged by. `teacher`: the uncompressed model. `checkpoint`: a folder for the state of training.
+    `executor`: who trains, this process (``local``) or those that a launcher started (``accelerate``); ``auto`` looks.
     """
 
     calibration: Data | None = None
@@ -28,6 +29,7 @@ class Supplies:
     teacher: UniversalModel | None = None
     checkpoint: Path | None = None
     progress: Progress | None = None
+    executor: str = "auto"
 
     def at(self, name: str) -> Supplies:
         """The same with a checkpoint folder of that name inside the one here."""
