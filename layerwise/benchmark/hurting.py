@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from layerwise.compress.magnitude_pruning import zero_smallest_
 from layerwise.data import Data
 from layerwise.model import UniversalModel
 from layerwise.structure import Layer
+from layerwise.swapping import Values
 
 Norms = Mapping[int, Tensor]  # id of a weight → ‖x‖ of each input feature or channel
-Values = list[tuple[nn.Parameter, Tensor]]
 
 
 def matrices(layer: Layer) -> list[nn.Parameter]:
@@ -58,19 +58,6 @@ WEIGHT_DAMAGES: dict[str, Callable[[Tensor, Norms], Tensor]] = {
     "prune50": lambda w, norms: halved(w),
     "wanda50": lambda w, norms: wanda(w, norms[id(w)]),
 }
-
-
-@contextmanager
-def swapped(values: Values) -> Iterator[None]:
-    """Inside, each parameter has the value beside it; afterwards its own again."""
-    before = [(p, p.data) for p, _ in values]
-    try:
-        for p, value in values:
-            p.data = value
-        yield
-    finally:
-        for p, value in before:
-            p.data = value
 
 
 def input_norms(model: UniversalModel, data: Data) -> dict[int, Tensor]:

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerwise.benchmark.hurting import WEIGHT_DAMAGES, Norms, Values, hurt, rounded, swapped
+from layerwise.benchmark.hurting import WEIGHT_DAMAGES, Norms, hurt, rounded
 from layerwise.coalitions import skipping_each
 from layerwise.data import Batch, Data
 from layerwise.model import UniversalModel
 from layerwise.patching import Replacement
 from layerwise.replay import Replay
 from layerwise.structure import Layer
+from layerwise.swapping import Values, swapped
 from layerwise.task import Fidelity
 
 Progress = Callable[[int, int], None]

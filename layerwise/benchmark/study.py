@@ -12,12 +12,13 @@ import numpy as np
 from layerwise.analyzer import ImportanceAnalyzer
 from layerwise.benchmark import contenders, measuring
 from layerwise.benchmark.allocation import allocate, weights_of
-from layerwise.benchmark.hurting import input_norms, swapped
+from layerwise.benchmark.hurting import input_norms
 from layerwise.benchmark.protocol import DAMAGES, MEAN_BITS, Protocol
 from layerwise.benchmark.store import Store
 from layerwise.benchmark.subjects import Parts, Subject
 from layerwise.evaluation import Evaluation
 from layerwise.model import UniversalModel
+from layerwise.swapping import swapped
 
 Progress = Callable[[str, int, int], None]  # what, done, in all
 

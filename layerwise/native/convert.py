@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from layerwise.data import Data
 from layerwise.errors import UsageError
+from layerwise.factors import in_two, matrix
 from layerwise.model import UniversalModel
-from layerwise.native.dense import Dense, dense_attention, matrix, narrowed
+from layerwise.native.dense import Dense, dense_attention, narrowed
 from layerwise.native.gram import fewest, gathered
 from layerwise.structure import Layer
 
@@ -169,23 +170,4 @@ def m_out(module: nn.Module) -> int:
     return int(matrix(module).shape[0])  # type: ignore[union-attr]
 
 
-def in_two(module: nn.Module, directions: Tensor, *, reading: bool) -> nn.Sequential:
-    """y = Wx + b through r orthonormal `directions` (r, width): of what it reads, (WVᵀ)Vx + b, or writes, U(UᵀW)x + b."""
-    weight = matrix(module)
-    assert weight is not None  # asked for matrices only
-    V = directions.to(weight)
-    first, second = (V, weight @ V.T) if reading else (V @ weight, V.T)
-    return nn.Sequential(linear(first, None), linear(second, module.bias))  # type: ignore[arg-type]  # a tensor or None
-
-
-def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """An ``nn.Linear`` of this matrix."""
-    with torch.device("meta"):
-        made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    made.weight = nn.Parameter(weight.detach().contiguous().clone())
-    if bias is not None:
-        made.bias = nn.Parameter(bias.detach().clone())
-    return made
-
-
-__all__ = ["Conversion", "convert_to_tva", "in_two"]
+__all__ = ["Conversion", "convert_to_tva"]

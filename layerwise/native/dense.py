@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerwise.factors import matrix
 from layerwise.native.gram import fewest
 
 Grams = Mapping[str, Tensor]
@@ -180,14 +181,6 @@ def _projected(a: Dense, part: Part, vectors: Tensor) -> tuple[Tensor, Tensor | 
     return turned, torch.einsum("grs,gns->gnr", vectors, cut).flatten()
 
 
-def matrix(module: nn.Module) -> Tensor | None:
-    """(outputs, inputs) of a module that multiplies by one matrix; a view. transformers' ``Conv1D`` keeps it transposed."""
-    if isinstance(module, nn.Linear):
-        return module.weight
-    weight = getattr(module, "weight", None)
-    return weight.T if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) else None
-
-
 def set_matrix_(module: Any, weight: Tensor, bias: Tensor | None) -> None:
     """Gives a matrix module another matrix (outputs, inputs) and bias."""
     conv = not isinstance(module, nn.Linear)
@@ -275,7 +268,6 @@ __all__ = [
     "PickedPairs",
     "Subspaces",
     "dense_attention",
-    "matrix",
     "narrowed",
     "set_matrix_",
 ]

@@ -24,12 +24,15 @@ def gathered(
 ) -> dict[str, Tensor]:
     """Name → (groups, size, size): the features in groups of ``sizes[name]``, all in one group where it says nothing.
 
-    Outputs in one group are taken without the module's bias, which a low-rank matrix does not have to give.
+    Outputs in one group are taken without the module's bias, which a low-rank matrix does not have to give; those of a
+    convolution are channels. What never ran has no sum.
     """
     sums: dict[str, Tensor] = {}
+    images = {name for name, module in outputs.items() if isinstance(module, nn.Conv2d)}
     state: dict[str, Any] = {}
 
     def add(name: str, x: Tensor) -> None:
+        x = x.movedim(-3, -1) if name in images else x
         keep = token_mask(state["batch"], x[..., 0]).reshape(-1).to(x.device) if x.dim() == 3 else None
         rows = x.detach().reshape(-1, x.shape[-1])
         rows = (rows if keep is None else rows[keep]).double()
@@ -38,8 +41,9 @@ def gathered(
 
     with ExitStack() as stack:
         for name, module in outputs.items():
-            bias = None if sizes and name in sizes else module.bias
-            given = lambda m, args, out, n=name, b=bias: add(n, out if b is None else out - b)  # noqa: E731
+            bias: Any = None if sizes and name in sizes else module.bias
+            shaped = bias if bias is None or name not in images else bias[:, None, None]
+            given = lambda m, args, out, n=name, b=shaped: add(n, out if b is None else out - b)  # noqa: E731
             stack.callback(module.register_forward_hook(given).remove)
         for name, module in (inputs or {}).items():
             stack.callback(module.register_forward_pre_hook(lambda m, args, n=name: add(n, args[0])).remove)

@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager
 import pytest
 import torch
 
-from layerwise.benchmark.hurting import WEIGHT_DAMAGES, Norms, halved, hurt, input_norms, rounded, swapped, wanda
+from layerwise.benchmark.hurting import WEIGHT_DAMAGES, Norms, halved, hurt, input_norms, rounded, wanda
 from layerwise.benchmark.measuring import measure_damages, qualities
 from layerwise.data import Batch
 from layerwise.model import UniversalModel
 from layerwise.structure import Layer
+from layerwise.swapping import swapped
 from tests.benchmark.tiny import opened
 
 

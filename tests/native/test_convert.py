@@ -13,8 +13,8 @@ from torch import nn
 
 from layerwise.data import Batch
 from layerwise.errors import UsageError
+from layerwise.factors import in_two
 from layerwise.native import AttentionOptions, Conversion, TVAAttention, convert_to_tva
-from layerwise.native.convert import in_two
 from layerwise.native.gram import fewest
 
 SIZES: dict[str, Any] = {
