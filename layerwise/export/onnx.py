@@ -26,6 +26,7 @@ from layerwise.export._graph import layer_outputs, widen_bfloat16, with_outputs,
 from layerwise.export._inputs import Inputs, NamedForward
 from layerwise.export._int8 import compact, unrounded, without_rounding
 from layerwise.model import UniversalModel
+from layerwise.packed import PackedWeight, floats_
 from layerwise.proofs import relative_error
 from layerwise.quiet import silence_import_noise
 from layerwise.tensors import byte_size, wraps
@@ -50,11 +51,12 @@ class OnnxExporter(Exporter):
     def write(self, model: UniversalModel, path: Path, data: Data) -> Written:
         runtime = _packages()
         here = model if model.device.type == "cpu" else model.changed(model.clone().module.cpu(), source=model.source)
+        here, notes = unpacked(here)
         batches = list(islice(data, BATCHES))
         numbers = arithmetic(here)
         program, inputs = exported(here, batches)
         places = layer_outputs(program.model, [layer.name for layer in here.layers if layer.stream is not None])
-        notes = [*widen_bfloat16(program.model), *without_traces(program.model), *fixed_axes(program.model)]
+        notes += [*widen_bfloat16(program.model), *without_traces(program.model), *fixed_axes(program.model)]
         save(program, path, byte_size(here.module))
         sizes = other_sizes(batches)
         bound = BOUNDS[numbers]
@@ -63,6 +65,15 @@ class OnnxExporter(Exporter):
             bound = max(bound, 2 * own_noise(here, sizes))
         parity = compared(here, path, inputs, sizes, bound, places)
         return Written(parity, f"onnxruntime {runtime.__version__}", tuple(notes))
+
+
+def unpacked(model: UniversalModel) -> tuple[UniversalModel, list[str]]:
+    """The model with floats in the place of packed weights, which no operator of ONNX reads, and a note that says so."""
+    if not any(isinstance(p, PackedWeight) for p in model.module.parameters()):
+        return model, []
+    floats = model.clone()
+    count = floats_(floats.module)
+    return floats, [f"{count} packed weights are written as the floats that they stand for: the file is as large as before"]
 
 
 def arithmetic(model: UniversalModel) -> str:

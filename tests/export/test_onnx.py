@@ -219,3 +219,11 @@ def test_the_suffix_chooses_the_exporter() -> None:
         exporter_for(Path("model.onx"))
     with pytest.raises(UsageError, match="no suffix"):
         exporter_for(Path("model"))
+
+
+def test_packed_weights_are_written_as_floats_and_it_says_so(tmp_path: Path) -> None:
+    case = CASES["residual"]
+    model = compressed(case.model(), METHODS["weight_only"]())
+    artifact = export(model, tmp_path / "model.onnx", case.data(3, 2))
+    assert any("8 packed weights are written as the floats" in note for note in artifact.notes)
+    np.testing.assert_allclose(run(artifact, case.batch(4)), model.predict(case.batch(4)).numpy(), rtol=1e-4, atol=1e-5)
