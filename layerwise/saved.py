@@ -2,8 +2,8 @@
 
 ::
 
-    config.json          only where transformers' from_pretrained gives this very model from it
-    model.safetensors    the weights (weights.safetensors where from_pretrained would fill dropped layers with noise)
+    config.json          only where transformers' from_pretrained gives this very model from it (without the dropped layers)
+    model.safetensors    the weights (weights.safetensors where from_pretrained would fill what was cut with noise)
     layerwise.json       source, steps, task, modality, fingerprint, versions; of a result also figures and proofs
     …                    what the adapter needs (tokenizer, transform)
     manifest.json        SHA-256 of everything, written last, verified before anything is read
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.adapter import adapter_for, library_of
+from layerwise.compacting import Compact, chains, original_names, write_compact
 from layerwise.data import Batch
 from layerwise.errors import ModelFormatError, UsageError
 from layerwise.files import staged_folder, verify_manifest
@@ -55,8 +56,17 @@ def save_model(saved: UniversalModel | CompressionResult, folder: str | os.PathL
         if isinstance(saved, CompressionResult):
             description |= {"result": saved.to_dict()}
         model.adapter.save(staged)
-        save_weights(staged / description["weights"], _flat(model.module))
-        if description["weights"] == "model.safetensors" and "transformers" in library_of(model.module):
+        compact = write_compact(model, staged) if chains(model.module) else "nothing was dropped"
+        if isinstance(compact, Compact):
+            description |= {"weights": "model.safetensors", "kept": compact.kept}
+        else:
+            description |= {"gaps": compact} if chains(model.module) else {}
+            save_weights(staged / description["weights"], _flat(model.module))
+        if (
+            description["weights"] == "model.safetensors"
+            and "kept" not in description
+            and "transformers" in library_of(model.module)
+        ):
             (staged / "config.json").write_text(json.dumps(_config(model.module), indent=2) + "\n", encoding="utf-8")
         (staged / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     return Path(folder)
@@ -78,7 +88,8 @@ def load_saved(folder: str | os.PathLike[str], *, module: nn.Module | None = Non
     example = stand_in(about["example"]) if about["example"] else None
     model = rebuilt(source, module, applied=applied, example=example, place=folder)
     _cast_tables_(model.module, about["tables"])
-    _put_(model.module, read_weights(folder / about["weights"]), folder / about["weights"])
+    tensors = original_names(read_weights(folder / about["weights"]), about.get("kept", {}))
+    _put_(model.module, tensors, folder / about["weights"])
     model.module.eval()
     model.adapter, model.task, model.name = adapter_for(model.module, folder), _task(about["task"]), about["name"]
     return model

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from layerwise.compress.drop_layers import DropLayers
 from layerwise.compress.half_precision import HalfPrecision
 from layerwise.compress.int8_dynamic import Int8Dynamic
+from layerwise.compress.low_rank import LowRank
 from layerwise.compress.magnitude_pruning import MagnitudePruning
 from layerwise.data import Batch
 from layerwise.errors import CorruptRun, LayerwiseError, ModelFormatError, UsageError
@@ -113,12 +114,12 @@ def test_hugging_face_reads_what_it_can_read(tmp_path: Path) -> None:
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "pruned").eval()
     assert torch.equal(theirs(**case.batch(3).kwargs).logits, pruned.predict(case.batch(3)))
 
-    dropped = apply_plan(model, CompressionPlan((step_of(DropLayers(), names[:1]),))).model
-    save_model(dropped, tmp_path / "dropped")
+    thin = apply_plan(model, CompressionPlan((step_of(LowRank(), names[:1]),))).model
+    save_model(thin, tmp_path / "thin")
     with pytest.raises(OSError, match=r"config\.json|no file named"):  # better than a first layer of noise
-        LlamaForCausalLM.from_pretrained(tmp_path / "dropped")
-    again = load_saved(tmp_path / "dropped", module=case.build())
-    assert torch.equal(again.predict(case.batch(3)), dropped.predict(case.batch(3)))
+        LlamaForCausalLM.from_pretrained(tmp_path / "thin")
+    again = load_saved(tmp_path / "thin", module=case.build())
+    assert torch.equal(again.predict(case.batch(3)), thin.predict(case.batch(3)))
 
 
 def test_a_plain_object_needs_its_class(tmp_path: Path) -> None:
