@@ -57,6 +57,11 @@ class RunConfig(BaseModel):
     eval_data: str | None = Field(default=None, description="measure the compressed model on this data (default: on --data)")
     eval_split: str | None = Field(default=None, description="which part of the evaluation data")
     eval_limit: Count | None = Field(default=None, description="use at most this many evaluation samples")
+    train_data: str | None = Field(
+        default=None, description="what steps that train learn from, such as fine_tune (default: none)"
+    )
+    train_split: str | None = Field(default=None, description="which part of the training data")
+    train_limit: Count | None = Field(default=None, description="use at most this many training samples")
     text_column: str | None = Field(default=None, description="the column that holds the text")
     text_pair_column: str | None = Field(default=None, description="the column that holds the second text of a pair")
     image_column: str | None = Field(default=None, description="the column that holds the image or its path")
@@ -77,6 +82,9 @@ class RunConfig(BaseModel):
     targets: Names = Field(default=(), description="the budget, with commas: size<=0.5x, accuracy>=0.98x, latency<=20ms")
     ratio: float | None = Field(default=None, gt=0, lt=1, description="short for the target size<=RATIOx, between 0 and 1")
     compress_methods: Names = Field(default=("auto",), description="ways to compress that the planner may use, with commas")
+    recover: Names = Field(
+        default=(), description="steps that learn on --train-data after the cut, with commas: fine_tune(epochs=2), distill"
+    )
     export: Names = Field(default=(), description="artifacts to write, with commas, such as model.onnx")
     device: str | None = Field(default=None, description="cpu, cuda, cuda:0, mps (default: cpu)")
     executor: str = Field(default="local", description="who runs the batches: local, ray, or ray:N with N worker processes")

@@ -25,10 +25,12 @@ from layerwise.environment import environment, same_environment
 from layerwise.errors import CorruptRun, LayerwiseError, ProofFailed, TargetMissed, UsageError
 from layerwise.files import output_lock, staged_file, write_atomic
 from layerwise.importance import ImportanceReport
+from layerwise.method import METHODS, step_of
 from layerwise.model import UniversalModel
 from layerwise.plan import CompressionPlan
 from layerwise.result import CompressionResult, Measurement, Proof
 from layerwise.runfolder import CONFIG, RunFolder, final_of, key_of, new_folder, resumed_folder
+from layerwise.spec import built
 
 Progress = Callable[[int, int], None]
 
@@ -39,6 +41,7 @@ COLUMNS = (
 )  # fmt: skip
 DATA = ("data", "split", "limit", "batch_size", "max_bad_shards", *COLUMNS)
 EVALUATION = ("eval_data", "eval_split", "eval_limit")
+TRAINING = ("train_data", "train_split", "train_limit")
 
 
 class Listener(Protocol):
@@ -114,6 +117,11 @@ class Walk:
         if not (c.eval_data or c.eval_split or c.eval_limit):
             return self.data
         return self._load(c.eval_data or c.data, c.eval_split or c.split, c.eval_limit)
+
+    @cached_property
+    def training(self) -> Data | None:
+        """What steps that train learn from; None where no such data are named."""
+        return open_training(self.config, self.model)
 
     def _load(self, spec: str | None, split: str | None, limit: int | None) -> Data:
         c = self.config
@@ -254,7 +262,16 @@ def _plan(walk: Walk, progress: Progress) -> None:
 
 
 def _compress(walk: Walk, progress: Progress) -> None:
-    result = engine.compress(walk.model, walk.plan, walk.evaluation, report=walk.report, progress=progress)
+    steps = [step_of(method, ()) for method in (built(METHODS, spec) for spec in walk.config.recover)]
+    result = engine.compress(
+        walk.model,
+        replace(walk.plan, steps=(*walk.plan.steps, *steps)),
+        walk.evaluation,
+        report=walk.report,
+        training=walk.training,
+        checkpoint=walk.checkpoint,
+        progress=progress,
+    )
     walk.result = result
     require_proven(result)
     result.save(walk.folder.path("model"), force=True)
@@ -308,7 +325,7 @@ STAGES = (
         "analyze", "Ranking the layers", _analyze, ("report.json", "scores.parquet"), (*MODEL, *DATA, "methods", "granularity")
     ),
     Stage("plan", "Choosing what to cut", _plan, ("plan.yaml",), ("targets", "ratio", "compress_methods")),
-    Stage("compress", "Cutting and proving", _compress, ("model", "result.json"), EVALUATION),
+    Stage("compress", "Cutting and proving", _compress, ("model", "result.json"), (*EVALUATION, *TRAINING, "recover")),
     Stage("export", "Exporting", _export, ("artifacts", "artifacts.json"), ("export",)),
     Stage("track", "Recording", _track, (), ("database",)),
     Stage("report", "Writing the report", _report, ("report.html", "figures"), ("lang",)),
@@ -319,6 +336,13 @@ def open_model(config: RunConfig) -> UniversalModel:
     """The model that the settings name."""
     assert config.model  # whoever calls has checked
     return engine.load(config.model, config.task, config.weights, device=config.device, head=config.head)
+
+
+def open_training(config: RunConfig, model: UniversalModel) -> Data | None:
+    """The training data that the settings name; with a split or a limit alone, that part of ``--data``."""
+    c = config
+    spec = c.train_data or (c.data if c.train_split or c.train_limit else None)
+    return open_data(c, model, spec, c.train_split, c.train_limit) if spec else None
 
 
 def open_data(config: RunConfig, model: UniversalModel, spec: str, split: str | None, limit: int | None) -> Data:

@@ -13,7 +13,7 @@ from layerwise.errors import UsageError
 
 SCHEME = re.compile(r"[a-z][a-z0-9_]*:")
 NEAR = 5  # names that are shown when a pattern matches none
-PATHS = ("model", "weights", "head", "data", "eval_data")
+PATHS = ("model", "weights", "head", "data", "eval_data", "train_data")
 
 
 def inputs(config: RunConfig) -> list[Path]:

@@ -15,23 +15,36 @@ from layerwise.cli.options import verb
 from layerwise.cli.screen import Screen
 from layerwise.config import RunConfig
 from layerwise.errors import UsageError
+from layerwise.spec import built, split_specs
 
 if TYPE_CHECKING:
     from layerwise.model import UniversalModel
-    from layerwise.plan import CompressionPlan
+    from layerwise.plan import CompressionPlan, Step
 
+TRAINING = ("train_data", "train_split", "train_limit")
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="The plan of `layerwise plan --out`.", show_default=False)]
-Method = Annotated[str | None, typer.Option("--method", help="Instead of a plan: one method, on --layers.", show_default=False)]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        "--method", help="Instead of a plan: NAME or NAME(setting=value), with commas, on --layers.", show_default=False
+    ),
+]
 Pattern = Annotated[
-    str | None, typer.Option("--layers", metavar="REGEX", help="The layers that --method treats.", show_default=False)
+    str | None,
+    typer.Option(
+        "--layers", metavar="REGEX", help="The layers that --method treats; by default all that it can.", show_default=False
+    ),
 ]
 
 
-@verb(*KEYS, "timeout", "force", needs=("model", "data"))
+@verb(*KEYS, *TRAINING, "timeout", "force", needs=("model", "data"))
 def command(config: RunConfig, screen: Screen, *, plan: PlanFile = None, method: Method = None, layers: Pattern = None) -> int:
-    """The original is left alone; both models are measured side by side on --data. --out FOLDER keeps the model."""
+    """The original is left alone; both models are measured side by side on --data. --out FOLDER keeps the model.
+
+    Methods that learn (fine_tune, distill) do so on --train-data.
+    """
     from layerwise import engine
-    from layerwise.run import require_proven
+    from layerwise.run import open_training, require_proven
 
     if (plan is None) == (method is None):
         raise UsageError("Give either --plan FILE or --method NAME.", place="--plan", remedy="See --help.", code="LW-C03")
@@ -42,9 +55,10 @@ def command(config: RunConfig, screen: Screen, *, plan: PlanFile = None, method:
     data = open_data(config, model, screen)
     assert data is not None  # needed above
     model.see(data[0])
-    steps = _plan(model, plan, method, pattern)
+    steps = _plan(model, plan, method, pattern, screen)
+    training = open_training(config, model)
     with screen.progress("Cutting and proving") as progress:
-        result = engine.compress(model, steps, data, progress=progress)
+        result = engine.compress(model, steps, data, training=training, progress=progress)
     screen.document(result.to_dict())
     show_result(result, screen)
     require_proven(result)
@@ -54,14 +68,30 @@ def command(config: RunConfig, screen: Screen, *, plan: PlanFile = None, method:
     return 1 if result.missed() else 0
 
 
-def _plan(model: UniversalModel, file: Path | None, method: str | None, pattern: re.Pattern[str]) -> CompressionPlan:
-    """The plan in `file`, or the one step that the flags describe."""
-    from layerwise.method import METHODS, step_of
+def _plan(
+    model: UniversalModel, file: Path | None, methods: str | None, pattern: re.Pattern[str], screen: Screen
+) -> CompressionPlan:
+    """The plan in `file`, or one step for each of the `methods` that the flags describe."""
     from layerwise.plan import CompressionPlan
 
     if file is not None:
         return CompressionPlan.load(file)
-    assert method is not None  # one of the two is given
-    chosen = METHODS[method]()
+    assert methods is not None  # one of the two is given
     names = checks.matching(pattern, [layer.name for layer in model.layers])
-    return CompressionPlan((step_of(chosen, names),), model=model.fingerprint)
+    steps = [_step(spec, model, names, screen, chosen=bool(pattern.pattern)) for spec in split_specs(methods)]
+    return CompressionPlan(tuple(steps), model=model.fingerprint)
+
+
+def _step(spec: str, model: UniversalModel, names: list[str], screen: Screen, *, chosen: bool) -> Step:
+    """`spec` on the layers `names`; where nobody has `chosen` them, those that it cannot treat are left out and named."""
+    from layerwise.method import METHODS, step_of, untreated
+
+    method = built(METHODS, spec)
+    if method.trains:
+        return step_of(method, ())
+    refused = {} if chosen else untreated(method, model, names)
+    if len(refused) == len(names):
+        return step_of(method, names)  # nothing is left, and the reason is told
+    for name, reason in refused.items():
+        screen.note(f"{method.name} leaves {name} as it is: {reason}")
+    return step_of(method, [name for name in names if name not in refused])

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from layerwise.result import CompressionResult
 
 
+LONGEST = 40  # characters of a setting that are shown
 ACROSS = 4  # methods in a line of the legend
 REASONS = 6  # for dashes, that are shown
 MOST_ROWS = 120  # of one granularity: blocks of the deepest models, not every channel
@@ -163,5 +164,5 @@ def show_figures(before: Mapping[str, float], after: Mapping[str, float], screen
 
 
 def words(settings: Mapping[str, Any]) -> str:
-    """Settings on one line."""
-    return ", ".join(f"{key}={value}" for key, value in settings.items())
+    """Settings on one line; of lists of units, only that there are some."""
+    return ", ".join(f"{key}={value if len(str(value)) <= LONGEST else '…'}" for key, value in settings.items())

@@ -24,11 +24,13 @@ Resume = Annotated[
     Path | None, typer.Option("--resume", metavar="DIR", help="Go on with the unfinished run DIR.", show_default=False)
 ]
 EVALUATION = ("eval_data", "eval_split", "eval_limit")
+TRAINING = ("train_data", "train_split", "train_limit")
 REFUSALS = {"LW-R23", "LW-C03", "LW-C05", "LW-C07", "LW-C08", "LW-C13"}  # nothing was begun
 
 
 @verb(
-    *KEYS, *EVALUATION, "methods", "granularity", "executor", "targets", "ratio", "compress_methods", "export", "lang",
+    *KEYS, *EVALUATION, *TRAINING, "recover", "methods", "granularity", "executor", "targets", "ratio", "compress_methods",
+    "export", "lang",
     "database", "timeout", "force", needs=("model", "data", "out"),
 )  # fmt: skip
 def command(config: RunConfig, screen: Screen, *, resume: Resume = None) -> int:
