@@ -24,6 +24,7 @@ from layerwise.measure import costs, evaluate, latency, time_paired
 from layerwise.method import METHODS, CompressionMethod, apply_plan, step_of
 from layerwise.model import UniversalModel
 from layerwise.plan import Candidate, CompressionPlan, Step
+from layerwise.supplies import Supplies
 from layerwise.target import Target
 from layerwise.task import Task
 from layerwise.tensors import byte_size
@@ -126,7 +127,9 @@ class Planner:
         """What `methods` do to all layers that they treat; None where they treat none or are not installed."""
         try:
             steps = self._steps(frozenset(), None, methods)
-            changed = apply_plan(self.model, CompressionPlan(steps)).model if steps else self.model
+            changed = (
+                apply_plan(self.model, CompressionPlan(steps), Supplies(calibration=self.data)).model if steps else self.model
+            )
         except MissingDependency as error:
             self.notes.append(str(error))
             return None

@@ -19,27 +19,24 @@ from layerwise.packed import PackedWeight, place_
 from layerwise.tensors import dense, differing, state
 
 HALF_STEP = 0.5 * (1 + 2.0**-8)  # scales are rounded up to float16, and products to the weight's type
-Grids = Mapping[str, Grid]  # dotted name of the parameter → its grid
-
+Chosen = Mapping[str, tuple[Matrix, Grid]]  # dotted name from the root → what is rounded, and to which grid
 Judge = Callable[[Matrix, PackedWeight], float]
 
 
-def chosen(model: UniversalModel, layers: Sequence[str], grid: Grid) -> dict[str, Matrix]:
-    """Dotted name from the root → what of `layers` is rounded to `grid`; a weight shared by two layers once."""
+def chosen(model: UniversalModel, layers: Sequence[str], grid: Grid) -> Chosen:
+    """What of `layers` is rounded to `grid`; a weight shared by two layers once."""
     found = {f"{layer}.{m.name}": m for layer in layers for m in worth(model.layer(layer).module, grid)}
     once = {id(m.parameter): name for name, m in reversed(found.items())}
-    return {name: m for name, m in found.items() if once[id(m.parameter)] == name}
+    return {name: (m, grid) for name, m in found.items() if once[id(m.parameter)] == name}
 
 
-def round_(model: UniversalModel, layers: Sequence[str], grid: Grid) -> None:
-    """Rounds every weight of `layers` to the nearest level of `grid`, in place."""
-    for m in chosen(model, layers, grid).values():
+def round_(model: UniversalModel, found: Chosen) -> None:
+    """Rounds the chosen weights to the nearest levels of their grids, in place."""
+    for m, grid in found.values():
         place_(model.module, m.parameter, PackedWeight.rounded(m.parameter, grid, turned=m.turned))
 
 
-def compared(
-    before: UniversalModel, after: UniversalModel, expected: Mapping[str, tuple[Matrix, Grid]], judge: Judge
-) -> dict[str, float]:
+def compared(before: UniversalModel, after: UniversalModel, expected: Chosen, judge: Judge) -> dict[str, float]:
     """Tensor → how far it is off: by `judge` where it was to be packed (`expected`, by its name), else 0 or infinity."""
     old, new = state(before.module), state(after.module)
     if old.keys() != new.keys():
@@ -56,7 +53,7 @@ def compared(
     return found
 
 
-def check_rounded(before: UniversalModel, after: UniversalModel, expected: Mapping[str, tuple[Matrix, Grid]]) -> Check:
+def check_rounded(before: UniversalModel, after: UniversalModel, expected: Chosen) -> Check:
     """Every weight that was rounded lies within half a step of the original, all other tensors are the same."""
     steps = compared(before, after, expected, steps_off)
     worst = max(steps, key=lambda name: steps[name])

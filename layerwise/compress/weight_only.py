@@ -49,10 +49,10 @@ class WeightOnly(CompressionMethod):
         return (f"weight_only leaves {names} in {layer.name} as they are",) if names else ()
 
     def apply_(self, model: UniversalModel, layers: Sequence[str], supplies: Supplies = NOTHING) -> None:
-        round_(model, layers, self.grid)
+        round_(model, chosen(model, layers, self.grid))
 
     def reshape_(self, model: UniversalModel, layers: Sequence[str]) -> None:
-        round_(model, layers, self.grid)
+        round_(model, chosen(model, layers, self.grid))
 
     def check(self, before: UniversalModel, after: UniversalModel, layers: Sequence[str]) -> Check:
-        return check_rounded(before, after, {name: (m, self.grid) for name, m in chosen(before, layers, self.grid).items()})
+        return check_rounded(before, after, chosen(before, layers, self.grid))
