@@ -107,20 +107,26 @@ def analyze(
 
 def plan(
     model: UniversalModel | nn.Module,
-    report: ImportanceReport,
+    report: ImportanceReport | None,
     targets: Iterable[str | Target],
     data: Any,
     methods: str | Sequence[str | CompressionMethod] = "auto",
     *,
+    calibration: Any = None,
+    recovery: Sequence[CompressionMethod] = (),
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> CompressionPlan:
-    """The best plan found that meets every target, measured on `data`.
+    """The best plan found that meets every target, measured on `data`; see docs/planning.md.
+
+    `report` adds starts to the search and may be None. Methods that watch activations watch `calibration` (default: the first of
+    `data`); `recovery` are methods that train, appended to the plan for `compress` to carry out.
 
     Raises `TargetMissed` with the nearest candidate's figures when none does, `UsageError` for a target that cannot be read.
     """
     wanted = [t if isinstance(t, Target) else Target.parse(t) for t in ([targets] if isinstance(targets, str) else targets)]
-    return Planner(_universal(model), report, wanted, Data.of(data), methods, seed, progress).make()
+    watched = None if calibration is None else Data.of(calibration)
+    return Planner(_universal(model), report, wanted, Data.of(data), methods, seed, progress, watched, recovery).make()
 
 
 def compress(

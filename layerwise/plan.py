@@ -72,6 +72,9 @@ class CompressionPlan:
     predicted: Mapping[str, float] = field(default_factory=dict)
     candidates: tuple[Candidate, ...] = ()
     notes: tuple[str, ...] = ()  # what the planner left out, and why
+    evidence: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # what the choice was made from: the table, the moves, the work done
 
     @property
     def digest(self) -> str:
@@ -93,6 +96,7 @@ class CompressionPlan:
             "predicted": dict(self.predicted),
             "candidates": [c.to_dict() for c in self.candidates],
             "notes": list(self.notes),
+            **({"evidence": dict(self.evidence)} if self.evidence else {}),
         }
 
     @classmethod
@@ -114,6 +118,7 @@ class CompressionPlan:
                 predicted=dict(data["predicted"]),
                 candidates=tuple(Candidate.from_dict(c) for c in data["candidates"]),
                 notes=tuple(data["notes"]),
+                evidence=dict(data.get("evidence", {})),
             )
         except (KeyError, TypeError) as error:
             raise ConfigError(f"The plan is incomplete: {error!r}.") from error

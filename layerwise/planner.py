@@ -1,276 +1,331 @@
-"""From scores and a budget to a plan: candidates come from the scores, decisions from measurements.
+"""From a budget to a plan: a table of what each action on each layer costs and spoils, an exact solver, and measurements.
 
-1. Every scoring method orders the layers that can be left out; the prefixes of these orders are the sets to try, and one replay
-   pass over the data measures all of them.
-2. Every variant of the other methods (16 bits, 8 bits, …) is applied to a copy once, to learn what it costs and what it damages.
-3. Sets × variants are ranked by these figures; the promising ones are built and measured for real until some meet the targets.
-4. Of those that do, the best quality wins; within its standard error the one with the fewest multiply-accumulates, then bytes.
+1. Every action of the menu is measured on every layer alone (`layerwise.tabulate`), on replay.
+2. A solver picks the action per layer that spoils least within the budget (`layerwise.solve`), as if damages added up. Further
+   starts come from other readings of the table, from the uniform choices, and from the scores: the layers they call least
+   important are left out first. Each start is measured whole.
+3. The best start is improved by measured swaps (`layerwise.search`).
+4. It and its rivals, at this and at neighbouring budgets, are carried out for real and measured on the data: the Pareto set.
+   Of those that meet every target the one with the least damage wins; within its error the cheapest.
 
-A budget that nothing meets is refused with the nearest candidate's figures.
+A budget that nothing meets is refused with the nearest candidate's figures and the nearest budget that can be met.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from layerwise.damage import LayerSet, evaluate_skips
+from layerwise.actions import KEEP, Menu, Table
 from layerwise.data import Data
-from layerwise.errors import MissingDependency, TargetMissed, UsageError, nearest
-from layerwise.evaluation import Evaluation
+from layerwise.effects import Meter
+from layerwise.errors import UsageError, nearest
+from layerwise.finals import Finals, Measured
 from layerwise.importance import ImportanceReport
-from layerwise.measure import costs, evaluate, latency, time_paired
-from layerwise.method import METHODS, CompressionMethod, apply_plan, step_of
+from layerwise.measure import costs, evaluate, latency
+from layerwise.method import CompressionMethod, step_of
 from layerwise.model import UniversalModel
-from layerwise.plan import Candidate, CompressionPlan, Step
+from layerwise.plan import CompressionPlan
+from layerwise.search import Search, State
+from layerwise.solve import kept, smallest, solve
 from layerwise.supplies import Supplies
-from layerwise.target import Target
-from layerwise.task import Task
-from layerwise.tensors import byte_size
+from layerwise.tabulate import Tabulator, check_any
+from layerwise.target import COSTS, Target
+from layerwise.wholes import Whole, wholes_of
 
 Progress = Callable[[int, int], None]
-MOST_SETS = 64
-MOST_MEASURED = 12
-TOO_SLOW = 4.0  # times the original's latency, from which on an automatic menu leaves a variant out
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Steps on all layers that keep their structure, what they make of each layer's bytes, and the damage they do alone."""
-
-    methods: tuple[CompressionMethod, ...]
-    layer_bytes: Mapping[str, int]
-    other_bytes: int
-    quality: float
+CALIBRATION = (64, 4)  # samples that methods watch while planning: so many, or that part of the data if it is less
+TIGHTER, LOOSER = (0.8,), (1.15, 1.4)  # neighbouring budgets, times the limits
+HALVINGS = 6  # steps to the smallest budget where only quality is asked for
 
 
 @dataclass
 class Planner:
-    """One planning run; `make` gives the plan. `data` is what quality is measured on."""
+    """One model, one menu, one data set. `make` gives the plan for the `targets`; `choose` for others, from the same table.
+
+    `report` may be None; its scores only add starts. `calibration` is what methods watch activations on (default: the first of
+    `data`). `recovery` are methods that train, appended to the plan. `forwards`: how often the work of one pass over `data` may
+    be spent on a plan, the table included.
+    """
 
     model: UniversalModel
-    report: ImportanceReport
+    report: ImportanceReport | None
     targets: Sequence[Target]
     data: Data
     methods: Sequence[CompressionMethod | str] | str = "auto"
     seed: int = 0
     progress: Progress | None = None
+    calibration: Data | None = None
+    recovery: Sequence[CompressionMethod] = ()
+    forwards: float = 100.0
     notes: list[str] = field(default_factory=list)
+    timed: bool = False  # whether the table knows latencies
+    peak: int = 0  # the most bytes of changed blocks that were held at once beside the model
 
     def make(self) -> CompressionPlan:
         """Raises `TargetMissed` (LW-T01) when no candidate meets every target, `UsageError` for a target without a figure or a
         report that does not rank blocks.
         """
-        if "block" not in self.report.granularities:
+        return self.choose(self.targets)
+
+    def choose(self, targets: Sequence[Target]) -> CompressionPlan:
+        """The plan for `targets`; the table is measured the first time only, and again when latencies are first asked for."""
+        self._check_report()
+        self._prepare(targets)
+        self._check_targets(targets)
+        begun = self.meter.spent
+        budget = _Budget(targets, self.before, self.model.task)
+        choice = _Choice(self, budget, begun)
+        measured, states = choice.candidates()
+        self.peak = max(self.peak, choice.search.peak)
+        plan = choice.finals.plan(measured, self._evidence(choice, states))
+        if self.progress is not None:
+            self.progress(round(self.forwards), round(self.forwards))
+        return plan
+
+    def _prepare(self, targets: Sequence[Target]) -> None:
+        timed = any(t.metric in {"latency", "energy"} for t in targets)
+        if hasattr(self, "table") and (self.timed or not timed):
+            return  # what is known is enough
+        self.timed = timed
+        self.meter = Meter(self.model, self.data)
+        few = self.calibration or self.data.head(min(CALIBRATION[0], -(-self.meter.samples // CALIBRATION[1])))
+        self.supplies = Supplies(calibration=self.meter.served(few), teacher=self.model)
+        self.before, self.stderr = self._before(timed, {t.metric for t in targets})
+        self._check_targets(targets)
+        menu = Menu.of(self.methods)
+        self.notes = [*menu.notes]
+        slow_is_out = self.methods == "auto"
+        tabulator = Tabulator(self.meter, menu, self.supplies, self.forwards / 2, timed, slow_is_out, self.tick, self.notes)
+        self.table = tabulator.make(self.before)
+        self.wholes = wholes_of(menu, self.meter, self.supplies, self.notes, slow_is_out)
+        self.peak = tabulator.peak
+        check_any(self.table, menu, self.model.name)
+
+    def _before(self, timed: bool, asked: set[str]) -> tuple[dict[str, float], dict[str, float]]:
+        whole = evaluate(self.model, self.data)
+        self.meter.spent += 1
+        figures = costs(self.model) | whole.means()
+        if timed:
+            figures["latency"] = latency(self.model, self.data[0])
+        return figures, whole.stderr()
+
+    def _check_report(self) -> None:
+        if self.report is not None and "block" not in self.report.granularities:
             raise UsageError(
                 f"The report ranks no blocks, only {' and '.join(self.report.granularities)}s, and a plan treats whole blocks.",
                 remedy="Analyze with granularity='block'.",
             )
-        self.report = self.report.at("block")
-        self.model.see(self.data[0])
-        menu = self._menu()
-        cut = next((m for m in menu if m.selective), None)
-        sets = self._sets(cut) if cut else [frozenset()]
-        skips = evaluate_skips(self.model, self.data, sets, progress=self.progress)
-        before = self._before(skips[frozenset()])
-        self._check_targets(before)
-        variants = [self._variant((), before), *(self._variant((m,), before) for m in menu if not m.selective)]
-        ranked = self._ranked(variants, skips, before)
-        measured = self._measure(ranked, cut, before)
-        return self._plan(measured, before)
 
-    @property
-    def task(self) -> Task:
-        assert self.model.task is not None  # settled by see
-        return self.model.task
-
-    def _menu(self) -> list[CompressionMethod]:
-        """Instances to try. `auto`: every registered method that promises to shrink something and is installed."""
-        if self.methods == "auto":
-            chosen: list[CompressionMethod | str] = [name for name, cls in METHODS.items() if cls.shrinks]
-        else:
-            chosen = [self.methods] if isinstance(self.methods, str) else list(self.methods)
-        menu: list[CompressionMethod] = []
-        for entry in chosen:
-            menu.extend(METHODS[entry].variants() if isinstance(entry, str) else [entry])
-        return menu
-
-    def _sets(self, cut: CompressionMethod) -> list[LayerSet]:
-        """The empty set and the prefixes of every voting method's order, least important first, without the whole model."""
-        removable = {layer.name for layer in self.model.layers if not cut.treats(layer)}
-        scores = [self.report.consensus(), *(s for s in self.report.scores.values() if not s.settings.get("baseline"))]
-        found: dict[LayerSet, None] = {frozenset(): None}
-        for size in range(1, len(removable)):
-            for score in scores:
-                order = [name for name in sorted(score.usable(), key=lambda n: score[n]) if name in removable]
-                found.setdefault(frozenset(order[:size]))
-        sets = list(found)
-        step = max(-(-len(sets) // MOST_SETS), 1)
-        return sets[::step]
-
-    def _before(self, whole: Evaluation) -> dict[str, float]:
-        figures = costs(self.model) | whole.means()
-        if any(t.metric == "latency" for t in self.targets):
-            figures["latency"] = latency(self.model, self.data[0])
-        return figures
-
-    def _check_targets(self, before: Mapping[str, float]) -> None:
-        for target in self.targets:
-            if target.metric not in before:
+    def _check_targets(self, targets: Sequence[Target]) -> None:
+        assert self.model.task is not None  # settled by the meter
+        for target in targets:
+            if target.metric not in self.before:
                 raise UsageError(
-                    f"The target {target} cannot be measured: the task {self.task.name} has no {target.metric}.",
-                    remedy=nearest(target.metric, before),
+                    f"The target {target} cannot be measured: the task {self.model.task.name} has no {target.metric}.",
+                    remedy=nearest(target.metric, self.before),
                 )
 
-    def _variant(self, methods: tuple[CompressionMethod, ...], before: Mapping[str, float]) -> Variant | None:
-        """What `methods` do to all layers that they treat; None where they treat none or are not installed."""
-        try:
-            steps = self._steps(frozenset(), None, methods)
-            changed = (
-                apply_plan(self.model, CompressionPlan(steps), Supplies(calibration=self.data)).model if steps else self.model
-            )
-        except MissingDependency as error:
-            self.notes.append(str(error))
-            return None
-        if methods and (not steps or self._too_slow(changed, methods)):
-            return None
-        sizes = {layer.name: byte_size(changed.module.get_submodule(layer.name)) for layer in self.model.layers}
-        quality = self._quality(evaluate(changed, self.data, reference=self.model).means()) if methods else self._quality(before)
-        return Variant(methods, sizes, byte_size(changed.module) - sum(sizes.values()), quality)
+    def tick(self) -> None:
+        """Tells how much of the work that may be spent is done."""
+        if self.progress is not None:
+            self.progress(min(round(self.meter.spent), round(self.forwards)), round(self.forwards))
 
-    def _too_slow(self, changed: UniversalModel, methods: tuple[CompressionMethod, ...]) -> bool:
-        """Whether this device runs the variant so slowly that nobody would want it unasked (16-bit floats on many CPUs)."""
-        if self.methods != "auto":
-            return False
-        before, after = time_paired([self.model, changed], self.data[0], repeats=3)
-        factor = after.median / before.median
-        if factor > TOO_SLOW:
-            named = " + ".join(" ".join([m.name, *map(str, step_of(m, ()).settings.values())]) for m in methods)
-            self.notes.append(f"{named} was left out: {factor:.0f} times as slow on this device. Name the method to have it.")
-        return factor > TOO_SLOW
+    def orders(self) -> list[list[str]]:
+        """The layers from the least to the most important, by the consensus of the report and by depth from the end."""
+        names = [layer.name for layer in self.model.layers]
+        found = [names[::-1]]
+        if self.report is not None:
+            consensus = self.report.at("block").consensus()
+            found.insert(0, [n for n in sorted(consensus.usable(), key=lambda n: consensus[n]) if n in names])
+        return found
 
-    def _steps(self, skipped: LayerSet, cut: CompressionMethod | None, methods: Iterable[CompressionMethod]) -> tuple[Step, ...]:
-        left = [layer for layer in self.model.layers if layer.name not in skipped]
-        steps = []
-        if cut and skipped:
-            steps.append(step_of(cut, [layer.name for layer in self.model.layers if layer.name in skipped]))
-        for method in methods:
-            if treated := [layer.name for layer in left if not method.treats(layer)]:
-                steps.append(step_of(method, treated))
-        return tuple(steps)
-
-    def _quality(self, means: Mapping[str, float]) -> float:
-        """The task's quality, turned so that higher is better."""
-        value = means[self.task.quality]
-        return value if self.task.higher_is_better else -value
-
-    def _ranked(
-        self, variants: Sequence[Variant | None], skips: Mapping[LayerSet, Evaluation], before: Mapping[str, float]
-    ) -> list[tuple[LayerSet, Variant]]:
-        """Pairs whose estimated figures break the targets least; then those that lose less than the noise, cheapest first;
-        then the best estimated quality first."""
-        whole, noise = self._quality(before), skips[frozenset()].stderr().get(self.task.quality, 0.0)
-        rows: list[tuple[float, float, float, LayerSet, Variant]] = []
-        for variant in variants:
-            for skipped, evaluation in skips.items() if variant else ():
-                assert variant is not None
-                if not skipped and not variant.methods:
-                    continue
-                means = evaluation.means()
-                quality = self._quality(means) + variant.quality - whole
-                figures = dict(before) | means | self._cost_estimate(skipped, variant, before)
-                figures[self.task.quality] = quality if self.task.higher_is_better else -quality
-                rows.append((self._violation(figures, before), -quality, figures["macs"], skipped, variant))
-        best = max((-row[1] for row in rows if not row[0]), default=whole)
-
-        def order(row: tuple[float, float, float, LayerSet, Variant]) -> tuple[float, bool, float, float]:
-            as_good = -row[1] >= best - noise
-            return (row[0], not as_good, row[2] if as_good else row[1], row[1])
-
-        return [(skipped, variant) for *_, skipped, variant in sorted(rows, key=order)]
-
-    def _cost_estimate(self, skipped: LayerSet, variant: Variant, before: Mapping[str, float]) -> dict[str, float]:
-        kept = [layer for layer in self.model.layers if layer.name not in skipped]
-        macs = before["macs"] - sum(layer.macs for layer in self.model.layers if layer.name in skipped)
+    def _evidence(self, choice: _Choice, states: Sequence[State]) -> dict[str, Any]:
         return {
-            "size": float(variant.other_bytes + sum(variant.layer_bytes[layer.name] for layer in kept)),
-            "params": before["params"] - sum(layer.parameters for layer in self.model.layers if layer.name in skipped),
-            "macs": macs,
+            "forwards": round(self.meter.spent, 2),
+            "peak_bytes": self.peak,
+            "samples": self.meter.samples,
+            "table": self.table.rows(),
+            "moves": choice.search.moves,
+            "starts": [{"actions": _told(s), "damage": s.damage} for s in states],
         }
-
-    def _violation(self, figures: Mapping[str, float], before: Mapping[str, float]) -> float:
-        """How far the figures are beyond the targets, as a sum of relative distances; 0 where all are met."""
-        total = 0.0
-        for target in self.targets:
-            limit, value = target.limit(before[target.metric]), figures[target.metric]
-            beyond = value - limit if target.sense == "<=" else limit - value
-            total += max(beyond, 0.0) / max(abs(limit), 1e-12) if math.isfinite(value) else math.inf
-        return total
-
-    def _measure(
-        self, ranked: Sequence[tuple[LayerSet, Variant]], cut: CompressionMethod | None, before: Mapping[str, float]
-    ) -> list[_Measured]:
-        """Builds and measures candidates from the top until enough were tried."""
-        timed = any(t.metric == "latency" for t in self.targets)
-        measured = []
-        for skipped, variant in ranked[:MOST_MEASURED]:
-            steps = self._steps(skipped, cut, variant.methods)
-            model = apply_plan(self.model, CompressionPlan(steps)).model
-            evaluation = evaluate(model, self.data, reference=self.model)
-            figures = costs(model) | evaluation.means()
-            if timed:
-                figures["latency"] = latency(model, self.data[0])
-            error = evaluation.stderr().get(self.task.quality, math.nan)
-            measured.append(_Measured(steps, figures, self._violation(figures, before), error))
-            if self.progress is not None:
-                self.progress(len(measured), min(len(ranked), MOST_MEASURED))
-        return measured
-
-    def _plan(self, measured: Sequence[_Measured], before: Mapping[str, float]) -> CompressionPlan:
-        feasible = [m for m in measured if m.violation == 0.0]
-        candidates = tuple(Candidate(m.steps, m.figures, m.violation == 0.0) for m in measured)
-        if not feasible:
-            raise self._refused(measured, before)
-        best = max(feasible, key=lambda m: self._quality(m.figures))
-        slack = best.stderr if math.isfinite(best.stderr) else 0.0
-        as_good = [m for m in feasible if self._quality(m.figures) >= self._quality(best.figures) - slack]
-        chosen = min(as_good, key=lambda m: (m.figures["macs"], m.figures["size"]))
-        return CompressionPlan(
-            steps=chosen.steps,
-            model=self.model.fingerprint,
-            targets=tuple(self.targets),
-            seed=self.seed,
-            before=dict(before),
-            predicted=chosen.figures,
-            candidates=candidates,
-            notes=tuple(self.notes),
-        )
-
-    def _refused(self, measured: Sequence[_Measured], before: Mapping[str, float]) -> TargetMissed:
-        if not measured:
-            return TargetMissed(
-                "None of the methods can treat any layer of this model.",
-                place=self.model.name,
-                remedy=" ".join(self.notes) or "Allow more methods.",
-                code="LW-T02",
-            )
-        near = min(measured, key=lambda m: m.violation)
-        reached = ", ".join(
-            f"{t.metric} {near.figures[t.metric]:.4g} (allowed {t.sense} {t.limit(before[t.metric]):.4g})" for t in self.targets
-        )
-        named = " + ".join(f"{s.method} on {len(s.layers)}" for s in near.steps)
-        return TargetMissed(
-            f"No candidate meets {', '.join(map(str, self.targets))}. The nearest, {named} layers, reaches {reached}.",
-            place=self.model.name,
-            remedy="Loosen a target, or allow more methods." + (" " + " ".join(self.notes) if self.notes else ""),
-            code="LW-T01",
-        )
 
 
 @dataclass(frozen=True)
-class _Measured:
-    steps: tuple[Step, ...]
-    figures: dict[str, float]
-    violation: float
-    stderr: float
+class _Budget:
+    """The targets as limits on costs and as questions to the quality."""
+
+    targets: Sequence[Target]
+    before: Mapping[str, float]
+    task: Any
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Cost → limit, the tightest where there are several."""
+        found: dict[str, float] = {}
+        for target in self.targets:
+            if target.metric in COSTS and target.metric != "energy":
+                limit = target.limit(self.before[target.metric])
+                found[target.metric] = min(limit, found.get(target.metric, limit))
+        return found
+
+    def qualities_met(self, figures: Mapping[str, float]) -> bool:
+        return all(t.met(self.before[t.metric], figures.get(t.metric, math.nan)) for t in self.targets if not t.is_cost)
+
+    @property
+    def scarce(self) -> str:
+        return next(iter(self.limits), "size")
+
+
+class _Choice:
+    """One search for one budget."""
+
+    def __init__(self, planner: Planner, budget: _Budget, begun: float) -> None:
+        self.planner, self.budget = planner, budget
+        self.search = Search(planner.table, planner.meter, planner.supplies, budget.scarce, planner.tick)
+        self.left = max(planner.forwards - begun, planner.forwards / 3)  # a later choice from the same table gets as much again
+        self.end = planner.meter.spent + self.left
+        recovery = [step_of(m, [x.name for x in planner.model.layers]) for m in planner.recovery]
+        self.finals = Finals(
+            planner.meter, budget.targets, planner.before, planner.stderr, planner.supplies, planner.notes, recovery
+        )
+        self.finals.seed = planner.seed
+
+    def candidates(self) -> tuple[list[Measured], list[State]]:
+        """Every candidate that was carried out, and the starts that were measured on the way."""
+        limits = self.budget.limits or self._found_limits()
+        states: list[State] = []
+        best: tuple[float, Whole, State] | None = None
+        for whole in self.planner.wholes:
+            for chosen in self._starts(whole, limits):
+                state = self._measured(chosen, whole, limits)
+                if state is None:
+                    continue
+                states.append(state)
+                if best is None or state.damage + whole.effect.damage < best[0]:
+                    best = (state.damage + whole.effect.damage, whole, state)
+        measured: list[Measured] = []
+        if best is not None:
+            _, whole, state = best
+            state = self.search_under(whole).improve(state, limits, max(self.end - self.planner.meter.spent - 8, 0.0))
+            measured += self._carried_out(whole, state, limits)
+            rivals = sorted((s for s in states if s.chosen != state.chosen), key=lambda s: s.damage)[:1]
+            measured += [self.finals.measure(self._steps(rival.chosen, whole)) for rival in rivals]
+        measured += self._neighbouring(limits, met=any(not m.violation for m in measured))
+        return _distinct(measured), states
+
+    def search_under(self, whole: Whole) -> Search:
+        """The search, with bytes as they are on top of `whole`."""
+        self.search.table = whole.on(self.planner.table)
+        return self.search
+
+    def _starts(self, whole: Whole, limits: Mapping[str, float]) -> Iterator[dict[str, str]]:
+        """Assignments within the limits: the solver's on the damages and on their roots and squares, with the least important
+        layers left out, and the best uniform ones.
+        """
+        table = whole.on(self.planner.table)
+        known = {(e.layer, e.action): e.damage for row in table.entries.values() for e in row.values()}
+        seen: set[tuple[str, ...]] = set()
+        for chosen in (*self._solved(table, limits, known), *self._uniform(table, limits)):
+            key = tuple(chosen.values())
+            if key not in seen:
+                seen.add(key)
+                yield chosen
+
+    def _solved(
+        self, table: Table, limits: Mapping[str, float], known: Mapping[tuple[str, str], float]
+    ) -> Iterator[dict[str, str]]:
+        for power in (1.0, 0.5, 2.0):
+            if chosen := solve(table, limits, {pair: damage**power for pair, damage in known.items() if math.isfinite(damage)}):
+                yield chosen
+        drops = [label for label, action in table.actions.items() if action.cuts and any(m.selective for m in action.methods)]
+        for order in self.planner.orders() if drops else ():
+            ordered = [name for name in order if drops[0] in table.entries[name]]
+            for count in sorted({1, len(ordered) // 4, len(ordered) // 2} - {0, len(ordered)}):
+                gone = set(ordered[:count])
+                allowed = {p: d for p, d in known.items() if (p[1] == drops[0]) == (p[0] in gone)}
+                if chosen := solve(table, limits, allowed):
+                    yield chosen
+
+    def _uniform(self, table: Table, limits: Mapping[str, float]) -> list[dict[str, str]]:
+        """The two least damaging of the actions that, on every layer that they treat, keep the limits."""
+        found = []
+        for label in table.actions:
+            chosen = {layer: label if label in row else KEEP for layer, row in table.entries.items()}
+            if label != KEEP and kept(table, chosen, limits) and math.isfinite(table.damage(chosen)):
+                found.append(chosen)
+        alive = [c for c in found if any(table.entries[k][v].params for k, v in c.items())]
+        return sorted(alive, key=table.damage)[:2]
+
+    def _measured(self, chosen: dict[str, str], whole: Whole, limits: Mapping[str, float]) -> State | None:
+        """The state, unless what was estimated turns out to break the limits; then the solver's next best that does not."""
+        search = self.search_under(whole)
+        for _ in range(3):
+            if self.planner.meter.spent > self.end - self.left / 2:
+                return None
+            state = search.state(chosen)
+            if state is not None and kept(search.table, chosen, limits):
+                return state
+            again = solve(search.table, limits)
+            if again is None or again == chosen:
+                return None
+            chosen = again
+        return None
+
+    def _found_limits(self) -> dict[str, float]:
+        """The smallest size at which the solver's choice, measured, keeps the qualities: found by halving the way to it."""
+        table = self.planner.table
+        low, high = table.total(smallest(table, "size"), "size"), self.planner.before["size"]
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            chosen = solve(table, {"size": middle})
+            state = self.search_under(Whole()).state(chosen) if chosen else None
+            met = state is not None and self.budget.qualities_met(state.effect.figures)
+            low, high = (low, middle) if met else (middle, high)
+        return {"size": high}
+
+    def _steps(self, chosen: Mapping[str, str], whole: Whole) -> Any:
+        return self.planner.table.steps(self.planner.model, chosen, whole.methods)
+
+    def _carried_out(self, whole: Whole, state: State, limits: Mapping[str, float]) -> Iterator[Measured]:
+        """The state for real, and again under tighter limits while a cost comes out above what the table foretold."""
+        aimed = dict(limits)
+        for _ in range(3):
+            measured = self.finals.measure(self._steps(state.chosen, whole))
+            yield measured
+            over = {m: measured.figures[m] / limit for m, limit in limits.items() if m in measured.figures}
+            if all(factor <= 1 for factor in over.values()):
+                return
+            aimed = {m: aimed[m] / max(over[m], 1) - (over[m] > 1) * 1e-3 * aimed[m] for m in aimed}
+            search = self.search_under(whole)
+            chosen = solve(search.table, aimed)
+            found = search.state(chosen, state) if chosen else None
+            if found is None or found.chosen == state.chosen:
+                return
+            state = found
+
+    def _neighbouring(self, limits: Mapping[str, float], met: bool) -> Iterator[Measured]:
+        """The Pareto set around the budget: tighter where it was met; else looser, and the smallest there is."""
+        best = {
+            m: min(w.on(self.planner.table).total(smallest(w.on(self.planner.table), m), m) for w in self.planner.wholes)
+            for m in limits
+        }
+        for factor in TIGHTER if met else (*LOOSER, 0.0):
+            eased = {m: max(limit * factor, best[m] * (1 + 1e-9)) for m, limit in limits.items() if m != "latency"}
+            options = [(w, chosen) for w in self.planner.wholes if (chosen := solve(w.on(self.planner.table), eased))]
+            if options:
+                whole, chosen = min(options, key=lambda o: o[0].on(self.planner.table).damage(o[1]) + o[0].effect.damage)
+                yield self.finals.measure(self._steps(chosen, whole))
+
+
+def _distinct(measured: Sequence[Measured]) -> list[Measured]:
+    return list({m.asked: m for m in measured}.values())
+
+
+def _told(state: State) -> dict[str, str]:
+    return {layer: label for layer, label in state.chosen.items() if label != KEEP}
+
+
+__all__ = ["Planner"]

@@ -1,0 +1,163 @@
+"""What changed blocks do to the outputs, on replay: everything before the first changed block is answered from a cache.
+
+Decision: damage is the divergence from the unchanged model's outputs, KL in nats (Fisher's second order), wherever the outputs
+are logits: it needs no labels, is never negative and has a far smaller error than the change of the loss on the same samples, so
+that few samples are enough to tell actions apart. Where outputs are no logits it is what the loss rises by. The task's own
+quality is measured beside it.
+
+The work is counted in *forward equivalents*: calls of blocks over those of one forward of all the data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from layerwise.blocks import Blocks, installed
+from layerwise.counts import Counts
+from layerwise.data import Batch, Data
+from layerwise.errors import LayerwiseError
+from layerwise.evaluation import Evaluation
+from layerwise.model import UniversalModel
+from layerwise.patching import Replacement
+from layerwise.replay import Replay
+from layerwise.task import task_named
+from layerwise.tensors import byte_size
+
+LOGITS = frozenset({"classification", "language_modelling", "token_classification", "fidelity", "generation"})
+
+
+@dataclass(frozen=True)
+class Effect:
+    """`damage` ± `stderr` in nats per sample, the task's `figures`, and why it does not run at all (`failure`)."""
+
+    damage: float
+    stderr: float
+    figures: Mapping[str, float]
+    failure: str = ""
+
+
+@dataclass
+class Meter:
+    """Measures on `data`; `spent` counts forward equivalents, those of `calibration` included."""
+
+    model: UniversalModel
+    data: Data
+    spent: float = 0.0
+    references: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.model.see(self.data[0])
+        self.samples = self.data.samples
+        self.calls = sum(layer.calls for layer in self.model.layers)  # of one forward
+
+    def effects(self, base: Blocks, changes: Sequence[Blocks], share: float = 1.0) -> list[Effect]:
+        """The effect of each of `changes` on top of `base`, on the first `share` of the data; infinite damage where blocks fail.
+
+        The change ``{}`` is `base` itself, for nothing more than the one forward that fills the cache.
+        """
+        assert self.model.task is not None  # settled by see
+        tallies = [_Tally(Evaluation(self.model.task), Evaluation(task_named("fidelity"))) for _ in changes]
+        whole = _Tally(Evaluation(self.model.task), Evaluation(task_named("fidelity")))
+        data = self.part(share)
+        for number, batch in enumerate(data):
+            counts = Counts()
+            replay = Replay(self.model, batch, counts, lambda: installed(self.model, base))
+            reference = self._reference(number, replay.batch, share, counts) if base else self._keep(number, replay.output, share)
+            if self.model.task.name not in LOGITS:
+                whole.add(reference, replay.batch, reference)
+            for change, tally in zip(changes, tallies, strict=True):
+                tally.run(replay, self._replacements(change, replay), reference)
+            self.spent += counts.block_calls * batch.size / (self.calls * self.samples)
+        before = whole.task.means().get("loss", 0.0) if self.model.task.name not in LOGITS else None
+        return [tally.effect(before) for tally in tallies]
+
+    def compared(self, changed: UniversalModel) -> Effect:
+        """The effect of having the model `changed` instead, for one forward of it."""
+        assert self.model.task is not None  # settled by see
+        tally = _Tally(Evaluation(self.model.task), Evaluation(task_named("fidelity")))
+        whole = _Tally(Evaluation(self.model.task), Evaluation(task_named("fidelity")))
+        for number, raw in enumerate(self.data):
+            batch, counts = raw.to(self.model.device), Counts()
+            reference = self._reference(number, batch, 1.0, counts)
+            tally.add(changed.predict(batch), batch, reference)
+            whole.add(reference, batch, reference)
+            self.spent += (counts.block_calls / self.calls + 1) * batch.size / self.samples
+        return tally.effect(None if self.model.task.name in LOGITS else whole.task.means()["loss"])
+
+    def part(self, share: float) -> Data:
+        """The first `share` of the samples."""
+        return self.data if share >= 1 else self.data.head(max(round(share * self.samples), 1))
+
+    def served(self, data: Data) -> Data:
+        """The same data, each batch of which counts as a forward when it is taken: what calibration costs."""
+
+        def taken(raw: Any) -> Batch:
+            batch = data.collate(raw)
+            self.spent += batch.size / self.samples
+            return batch
+
+        return replace(data, collate=taken)
+
+    def _replacements(self, change: Blocks, replay: Replay) -> dict[int, Replacement]:
+        def swap(block: nn.Module) -> Replacement:
+            return lambda forward, args, kwargs: replay.call(block, args, kwargs)
+
+        return {self.model.layer(name).index: swap(block) for name, block in change.items()}
+
+    def _reference(self, number: int, batch: Batch, share: float, counts: Counts) -> Tensor:
+        """The unchanged model's output, kept while all of them take less room than the model."""
+        if share >= 1 and number in self.references:
+            return self.references[number]
+        counts.block_calls += self.calls
+        return self._keep(number, self.model.predict(batch), share)
+
+    def _keep(self, number: int, output: Tensor, share: float) -> Tensor:
+        room = byte_size(self.model.module) - sum(t.nbytes for t in self.references.values())
+        if share >= 1 and number not in self.references and output.nbytes <= room:
+            self.references[number] = output
+        return output
+
+
+@dataclass
+class _Tally:
+    task: Evaluation
+    divergence: Evaluation
+    failure: str = ""
+
+    def run(self, replay: Replay, replacements: Mapping[int, Replacement], reference: Tensor) -> None:
+        if self.failure:
+            return
+        try:
+            output = replay.replacing(replacements) if replacements else replay.output
+            self.add(output, replay.batch, reference)
+        except LayerwiseError as error:
+            self.failure = error.what
+
+    def add(self, output: Tensor, batch: Batch, reference: Tensor) -> None:
+        self.task.add(output, batch, reference)
+        if self.task.task.name in LOGITS:
+            self.divergence.add(output, batch, reference)
+
+    def effect(self, before: float | None) -> Effect:
+        """`before`: the unchanged model's loss where damage is what the loss rises by."""
+        if self.failure:
+            return Effect(math.inf, math.nan, {}, self.failure)
+        of = self.divergence if before is None else self.task
+        damage, error = of.means()["loss"], _error(of, "loss")
+        if before is not None:
+            damage = max(damage - before, 0.0)
+        if not math.isfinite(damage):
+            return Effect(math.inf, math.nan, {}, "its outputs are not finite")
+        return Effect(damage, error, self.task.means())
+
+
+def _error(evaluation: Evaluation, metric: str) -> float:
+    return evaluation.sums[metric].score(0).stderr
+
+
+__all__ = ["Effect", "Meter"]
