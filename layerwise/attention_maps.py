@@ -79,7 +79,7 @@ class Fused(AttentionCall):
     """A call of ``scaled_dot_product_attention``; see there for the arguments. Grouped keys and values are repeated."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> None:
-        self.query, key, value = (_four(t.detach()) for t in (query, key, value))
+        self.query, key, value = (_four(t) for t in (query, key, value))
         groups = self.query.shape[1] // key.shape[1]
         self.key, self.value = (t if groups == 1 else t.repeat_interleave(groups, 1) for t in (key, value))
         self.causal = causal
@@ -117,8 +117,8 @@ class Explicit(AttentionCall):
     """A softmax: `found` is its result, `scores` what went in (None where that is no longer held)."""
 
     def __init__(self, found: Tensor, scores: Tensor | None) -> None:
-        self.found = found.detach()
-        self.scores = None if scores is None else scores.detach()
+        self.found = found
+        self.scores = scores
         self.shape = (found.shape[0], found.shape[1], found.shape[2], found.shape[3])
 
     def weights(self, rows: slice) -> tuple[Tensor, Tensor]:
@@ -164,9 +164,9 @@ Emit = Callable[[int, AttentionCall], None]
 class _Watch(TorchFunctionMode):
     """Sees every torch function that runs inside, and notes attention."""
 
-    def __init__(self, samples: int, now: Emit | None, later: Emit | None) -> None:
+    def __init__(self, samples: int, now: Emit | None, later: Emit | None, live: bool = False) -> None:
         super().__init__()
-        self.samples, self.now, self.later = samples, now, later
+        self.samples, self.now, self.later, self.live = samples, now, later, live
         self.running: list[int] = []
         self.padding: Tensor | None = None  # of the sequence whose attention to itself the running layer began with
 
@@ -187,6 +187,7 @@ class _Watch(TorchFunctionMode):
         output: Tensor = func(*args, **kwargs)
         query, key, value, mask, causal, scale = _arguments(*args, **kwargs)
         if not query.is_nested and query.dim() >= 3:
+            query, key, value = (self._held(t) for t in (query, key, value))
             call = Fused(query, key, value, mask, causal, scale)
             self._note(call, call, output, lambda gradient: gradient)
         return output
@@ -202,8 +203,12 @@ class _Watch(TorchFunctionMode):
                 return tensor.unflatten(0, (-1, heads)) if heads else tensor
 
             # what went in is not held until the backward pass: the model itself would not hold it
-            self._note(Explicit(split(found), split(scores)), Explicit(split(found), None), found, split)
+            held = split(self._held(found))
+            self._note(Explicit(held, split(self._held(scores))), Explicit(held, None), found, split)
         return found
+
+    def _held(self, tensor: Tensor) -> Tensor:
+        return tensor if self.live else tensor.detach()
 
     def _note(self, first: AttentionCall, second: AttentionCall, output: Tensor, split: Callable[[Tensor], Tensor]) -> None:
         if first.shape[0] % self.samples:
@@ -215,7 +220,7 @@ class _Watch(TorchFunctionMode):
             call.samples, call.keep, call.first = self.samples, self.padding, begins
         layer = self.running[-1]
         if self.now is not None:
-            with torch.no_grad():
+            with torch.set_grad_enabled(self.live and torch.is_grad_enabled()):
                 self.now(layer, first)
         if self.later is not None and output.requires_grad:
             output.register_hook(lambda gradient: self._backward(layer, second, split(gradient)))
@@ -278,11 +283,13 @@ def attending(layers: Sequence[Layer]) -> list[Layer]:
 
 
 @contextmanager
-def attention_watched(layers: Sequence[Layer], samples: int, now: Emit | None, later: Emit | None) -> Iterator[None]:
+def attention_watched(
+    layers: Sequence[Layer], samples: int, now: Emit | None, later: Emit | None, *, live: bool = False
+) -> Iterator[None]:
     """Inside, each attention call of `layers` is handed to `now` in the forward pass and to `later`, with its gradient, in the
-    backward pass.
+    backward pass. `live`: what `now` gets has its graph, so that a loss can be made of the maps.
     """
-    watch = _Watch(samples, now, later)
+    watch = _Watch(samples, now, later, live)
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.module.register_forward_pre_hook(watch.enter(layer.index)).remove)

