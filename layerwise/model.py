@@ -192,7 +192,7 @@ class UniversalModel:
         if self._layers is not None:
             there = [(layer, module.get_submodule(layer.name)) for layer in self._layers]
             kept = [(layer, found) for layer, found in there if any(True for _ in found.parameters())]
-            model._layers = [replace(layer, module=found, index=i) for i, (layer, found) in enumerate(kept)]
+            model._layers = [_moved(layer, found, i) for i, (layer, found) in enumerate(kept)]
         return model
 
     def around(self, module: nn.Module, *, source: Source | None) -> UniversalModel:
@@ -238,6 +238,13 @@ class UniversalModel:
 
     def __repr__(self) -> str:
         return f"UniversalModel({self.name}, {self.domain}, task={self.task and self.task.name})"
+
+
+def _moved(layer: Layer, module: nn.Module, index: int) -> Layer:
+    """The same layer as `module`, with the silent modules that this one has in the places of the other's."""
+    inner = dict(module.named_modules())
+    silent = tuple(inner[name] for name, m in layer.module.named_modules() if m in layer.silent and name in inner)
+    return replace(layer, module=module, index=index, silent=silent)
 
 
 @contextmanager

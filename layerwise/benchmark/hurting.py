@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.compress.magnitude_pruning import zero_smallest_
 from layerwise.data import Data
 from layerwise.model import UniversalModel
+from layerwise.sparsity import lowest, zero_
 from layerwise.structure import Layer
 from layerwise.swapping import Values
 
@@ -34,7 +34,7 @@ def rounded(weight: Tensor, bits: int) -> Tensor:
 def halved(weight: Tensor) -> Tensor:
     """`weight` with the half that is smallest by |w| set to 0."""
     pruned = weight.detach().clone()
-    zero_smallest_([pruned], round(pruned.numel() / 2))
+    zero_([pruned], lowest([pruned], round(pruned.numel() / 2), torch.abs))
     return pruned
 
 

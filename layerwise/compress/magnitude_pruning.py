@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from layerwise.errors import UsageError
+from layerwise.errors import UsageError, nearest
 from layerwise.method import METHODS, Check, CompressionMethod, exactly
 from layerwise.model import UniversalModel
+from layerwise.sparsity import lowest, matrices_of, quantized, remaining, weights_of, zero_
 from layerwise.structure import Layer
 from layerwise.supplies import NOTHING, Supplies
-from layerwise.tensors import state, wraps
+from layerwise.tensors import state
 
 SCOPES = ("local", "global")
+GRANULARITIES = ("weight", "row")
 
 
 @METHODS.register("magnitude_pruning")
@@ -25,19 +27,30 @@ class MagnitudePruning(CompressionMethod):
     """Zeroes the share `amount` of the weights (matrices and kernels; no biases or norms) that are smallest by |w|.
 
     `scope`: of each tensor (``local``) or of all tensors of the layers together (``global``). Exactly ``round(amount·n)`` weights
-    are zero afterwards (or more where more were before), ties cut in the order of the elements. For single weights the L1 and the
-    L2 norm give the same order, so there is no setting for it.
+    are zero afterwards (or more where more were before), ties cut in the order of the elements. `amounts` gives single layers
+    another amount (``local`` only).
+
+    `granularity`: single weights, or whole output rows of linear and convolution layers, of which ``round(amount·rows)`` go. A
+    row is measured by its mean |w| (`norm` 1) or the root of its mean w² (`norm` 2), so that rows of any length compare. For
+    single weights both norms give the same order.
     """
 
     amount: float = 0.5
     scope: str = "local"
+    granularity: str = "weight"
+    norm: int = 1
+    amounts: Mapping[str, float] = field(default_factory=dict, hash=False)
     name: ClassVar[str] = "magnitude_pruning"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.amount <= 1:
-            raise UsageError(f"magnitude_pruning: amount is {self.amount!r}, and must lie in 0 … 1.")
-        if self.scope not in SCOPES:
-            raise UsageError(f"magnitude_pruning: unknown scope {self.scope!r}.", remedy=f"Known: {', '.join(SCOPES)}.")
+        for amount in (self.amount, *self.amounts.values()):
+            if not 0 <= amount <= 1:
+                raise UsageError(f"magnitude_pruning: amount is {amount!r}, and must lie in 0 … 1.")
+        for value, known in ((self.scope, SCOPES), (self.granularity, GRANULARITIES), (self.norm, (1, 2))):
+            if value not in known:
+                raise UsageError(f"magnitude_pruning: unknown setting {value!r}.", remedy=f"Known: {', '.join(map(str, known))}.")
+        if self.amounts and self.scope == "global":
+            raise UsageError("magnitude_pruning: amounts per layer contradict the scope global.", remedy="Use scope='local'.")
 
     @classmethod
     def variants(cls) -> tuple[CompressionMethod, ...]:
@@ -48,15 +61,38 @@ class MagnitudePruning(CompressionMethod):
         return self.scope == "global"
 
     def treats(self, layer: Layer) -> str:
-        if any(wraps(p) for p in layer.module.parameters()):
-            return "its weights are quantized already"
+        if reason := quantized(layer):
+            return reason
+        if self.granularity == "row":
+            return "" if matrices_of(layer) else "has no linear or convolution layer"
         return "" if any(p.dim() > 1 for p in layer.module.parameters()) else "has no weight matrix"
 
+    def remarks(self, layer: Layer) -> tuple[str, ...]:
+        others = remaining(layer, matrices_of(layer)) if self.granularity == "row" else ()
+        return tuple(f"{name} stays: it is no linear or convolution layer's" for name in others)
+
     def apply_(self, model: UniversalModel, layers: Sequence[str], supplies: Supplies = NOTHING) -> None:
-        weights = weights_of(model.module, layers)
-        with torch.no_grad():
-            for group in [[w] for w in weights.values()] if self.scope == "local" else [list(weights.values())]:
-                zero_smallest_(group, round(self.amount * sum(w.numel() for w in group)))
+        for name in self.amounts:
+            if name not in layers:
+                raise UsageError(f"magnitude_pruning: {name!r} has an amount and is not treated.", remedy=nearest(name, layers))
+        parts = [tuple(layers)] if self.scope == "global" else [(name,) for name in layers]
+        for part in parts:
+            self._prune_(model, part, self.amounts.get(part[0], self.amount) if part else 0)
+
+    def _prune_(self, model: UniversalModel, layers: Sequence[str], amount: float) -> None:
+        if self.granularity == "row":
+            self._prune_rows_(model, layers, amount)
+            return
+        weights = list(weights_of(model.module, layers).values())
+        for group in [weights] if self.scope == "global" else [[w] for w in weights]:
+            zero_(group, lowest(group, round(amount * sum(w.numel() for w in group)), torch.abs))
+
+    def _prune_rows_(self, model: UniversalModel, layers: Sequence[str], amount: float) -> None:
+        matrices = list({id(m.weight): m for name in layers for m in matrices_of(model.layer(name))}.values())
+        for group in [matrices] if self.scope == "global" else [[m] for m in matrices]:
+            sizes = [row_norms(m.rows(m.weight.detach()), self.norm) for m in group]
+            for m, gone in zip(group, lowest(sizes, round(amount * sum(map(len, sizes)))), strict=True):
+                zero_([m.rows(m.weight.detach())], [gone.view(-1, *[1] * (m.weight.dim() - 1))])
 
     def reshape_(self, model: UniversalModel, layers: Sequence[str]) -> None:
         """Nothing: the shapes stay, and the zeros come with the weights."""
@@ -71,23 +107,7 @@ class MagnitudePruning(CompressionMethod):
         return exactly(state(stage.module), state(after.module), what)
 
 
-def weights_of(root: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
-    """Dotted name → every parameter of more than one dimension in `layers`, shared ones once."""
-    wanted = {id(p) for name in layers for p in root.get_submodule(name).parameters() if p.dim() > 1}
-    return {name: p for name, p in root.named_parameters() if id(p) in wanted}
-
-
-def zero_smallest_(weights: Sequence[Tensor], count: int) -> None:
-    """Sets the `count` elements of `weights` with the smallest |w| to zero; of equal ones the first.
-
-    By `torch.kthvalue`: `torch.quantile` interpolates between elements, and older versions refuse more than 16 M of them.
-    """
-    if not count:
-        return
-    sizes = torch.cat([w.detach().abs().reshape(-1).float() for w in weights])
-    threshold = sizes.kthvalue(count).values
-    smallest = sizes < threshold
-    ties = (sizes == threshold).nonzero()[:, 0]
-    smallest[ties[: count - int(smallest.sum())]] = True
-    for weight, mask in zip(weights, smallest.split([w.numel() for w in weights]), strict=True):
-        weight.masked_fill_(mask.view(weight.shape), 0)
+def row_norms(rows: Tensor, norm: int) -> Tensor:
+    """(outputs,): the mean |w| of each row, or for `norm` 2 the root of its mean square."""
+    values = rows.flatten(1).float()
+    return values.abs().mean(1) if norm == 1 else values.square().mean(1).sqrt()

@@ -7,13 +7,14 @@ share each batch, and not the data set, so that the recipe means the same on one
 
 from __future__ import annotations
 
-from layerwise.training.loop import AfterStep, only_training, train_, untrainable
+from layerwise.training.loop import AfterStep, BeforeStep, only_training, train_, untrainable
 from layerwise.training.masks import KeptZeros, kept_zeros, zeros_kept
 from layerwise.training.objective import TASK_LOSS, Given, Lesson, Objective, Portion, TaskLoss, task_loss, training_output
 from layerwise.training.record import Epoch, Trained
 from layerwise.training.settings import TrainingSettings
 
 __all__ = [
-    "TASK_LOSS", "AfterStep", "Epoch", "Given", "KeptZeros", "Lesson", "Objective", "Portion", "TaskLoss", "Trained",
-    "TrainingSettings", "kept_zeros", "only_training", "task_loss", "train_", "training_output", "untrainable", "zeros_kept",
+    "TASK_LOSS", "AfterStep", "BeforeStep", "Epoch", "Given", "KeptZeros", "Lesson", "Objective", "Portion", "TaskLoss",
+    "Trained", "TrainingSettings", "kept_zeros", "only_training", "task_loss", "train_", "training_output", "untrainable",
+    "zeros_kept",
 ]  # fmt: skip

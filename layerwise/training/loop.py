@@ -30,6 +30,7 @@ from layerwise.training.settings import TrainingSettings
 from layerwise.training.state import Progress, State, copied, put_
 
 AfterStep = Callable[[nn.Module], None]
+BeforeStep = Callable[[nn.Module, int, int], None]  # the module, the number of the step from 0, how many there are
 
 SAVE_EVERY = 5.0  # seconds between checkpoints, or longer where saving itself takes long:
 SAVING_SHARE = 0.05  # of the time at most
@@ -43,12 +44,14 @@ def train_(
     objective: Objective = TASK_LOSS,
     settings: TrainingSettings | None = None,
     *,
+    before_step: BeforeStep | None = None,
     after_step: AfterStep | None = None,
 ) -> Trained:
     """Trains ``model.module`` in place on ``supplies.training`` and says what happened.
 
     Trained are the parameters that require a gradient; submodules without any stay in eval mode (frozen batch normalization).
-    `after_step` is called with the module after each step (`KeptZeros`). Afterwards train flags, gradients and the random state
+    `before_step` may change weights before each step, and does the same again where a step is repeated; `after_step` is called
+    with the module after each (`KeptZeros`). Afterwards train flags, gradients and the random state
     are those of before. With ``supplies.checkpoint`` the state is saved every few seconds, after each epoch and on Ctrl-C, and a
     later call goes on from it: on the CPU to the same bits. After an error the model has the weights of the last whole step.
 
@@ -62,7 +65,7 @@ def train_(
     model.see(supplies.training[0].to(model.device))
     with crew_for(supplies.executor, model.module) as crew, _restored(model.module):
         run = _Run(model, supplies, objective, settings, crew)
-        run.after_step = after_step
+        run.before_step, run.after_step = before_step, after_step
         return run.whole()
 
 
@@ -73,6 +76,7 @@ class _Run:
         assert supplies.training is not None
         self.model, self.supplies, self.settings, self.crew = model, supplies, settings, crew
         self.data: Data = supplies.training
+        self.before_step: BeforeStep | None = None
         self.after_step: AfterStep | None = None
         self.key = _key(model, supplies, objective, settings) if supplies.checkpoint is not None else ""
         with seeded(settings.step_seed(-1), model.device):
@@ -130,6 +134,8 @@ class _Run:
         p, number = self.progress, self.progress.step
         index = self.settings.order(number // len(self.data), len(self.data))[number % len(self.data)]
         before = [(b, b.clone()) for b in self._buffers()]  # batch normalization writes while it runs
+        if self.before_step is not None:
+            self.before_step(self.model.module, number, self.steps)
         try:
             with training(self.model.module), seeded(self.settings.step_seed(number), self.model.device):
                 loss = self._backward(self.data[index].to(self.model.device), index)
