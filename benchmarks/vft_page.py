@@ -70,6 +70,8 @@ converted copy. Attention modules are found by the matrices they hold: separate 
 - `scores` (a report's) give important layers higher ranks.
 - Nothing is trained afterwards, and it shows: activations of real heads fill most of their dimensions, so that little can go
   before the quality does. What is converted is a start for training, not a finished model.
+- As the step `tva_conversion` of a plan it is verified, saved and loaded as any other compression (see
+  [compression.md](compression.md)).
 """
 
 

@@ -14,7 +14,7 @@ projection and attention (a normalization of queries and keys, a gate) forbids t
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from layerwise.data import Data
 from layerwise.errors import UsageError
-from layerwise.factors import in_two, matrix
+from layerwise.factors import in_two, matrix, replace_, two_factors, unfolded_matrix
 from layerwise.model import UniversalModel
-from layerwise.native.dense import Dense, dense_attention, narrowed
+from layerwise.native.dense import Dense, Subspaces, dense_attention, narrowed
 from layerwise.native.gram import fewest, gathered
 from layerwise.structure import Layer
 
@@ -65,26 +65,72 @@ def convert_to_tva(
     original.see(batches[0])
     original.blocks  # noqa: B018  # the copy takes them over, and keeps them when its weights change shape
     new = original.changed(copy.deepcopy(original.module), source=None)
-    work = _Work(new, rank, energy, scores)
+    found = convert_(new, new.blocks, batches, Wish(rank, energy, feed_forward, _shares(new.blocks, scores)))
+    if not found.heads:
+        raise UsageError(f"No attention of {original.name} can be converted. {' '.join(found.notes)}", remedy="See docs/vft.md.")
+    found.module.eval()
+    return found
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How many numbers per head: `rank`, or the fewest with the share `energy`, by block times or by ``shares[block]``.
+
+    `heads` and `matrices` (instead): the ranks by dotted path; what they do not name stays as it is.
+    """
+
+    rank: int | None
+    energy: float
+    feed_forward: bool = True
+    shares: Mapping[str, float] = field(default_factory=dict)
+    heads: Mapping[str, int] = field(default_factory=dict)
+    matrices: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def fixed(self) -> bool:
+        return bool(self.heads or self.matrices)
+
+    def rank_in(self, block: Layer) -> int | None:
+        return None if self.rank is None else max(1, round(self.rank * self.shares.get(block.name, 1.0)))
+
+    def energy_in(self, block: Layer) -> float:
+        return 1 - (1 - self.energy) / self.shares.get(block.name, 1.0)
+
+
+def convert_(model: UniversalModel, blocks: Sequence[Layer], batches: Data, wish: Wish) -> Conversion:
+    """Converts the `blocks` of `model` in place."""
+    work = _Work(model, blocks, wish)
     work.attention(batches)
-    if feed_forward:
+    if wish.matrices or (wish.feed_forward and not wish.fixed):
         work.feed_forward(batches)
-    if not work.heads:
-        raise UsageError(f"No attention of {original.name} can be converted. {' '.join(work.notes)}", remedy="See docs/vft.md.")
-    return Conversion(new.module.eval(), work.heads, work.matrices, tuple(work.notes))
+    return Conversion(model.module, work.heads, work.matrices, tuple(work.notes))
+
+
+@torch.no_grad()
+def reshaped_(root: nn.Module, heads: Mapping[str, int], matrices: Mapping[str, int]) -> None:
+    """What a conversion to these ranks does to the structure, with weights of no matter."""
+    for path, r in heads.items():
+        attention = dense_attention(root, path, root.get_submodule(path))
+        if not isinstance(attention, Dense):
+            raise UsageError(f"{path} is no attention that can be narrowed.")
+        narrowed(root, attention, attention.unfitted(), r)
+    for name, r in matrices.items():
+        module = root.get_submodule(name)
+        like = unfolded_matrix(module).detach()
+        outputs, inputs = like.shape
+        replace_(root, module, two_factors(module, like.new_zeros(r, inputs), like.new_zeros(outputs, r)))
 
 
 class _Work:
-    """The copy, changed in place, and what was done to it."""
+    """The model, changed in place, and what was done to it."""
 
-    def __init__(self, model: UniversalModel, rank: int | None, energy: float, scores: Mapping[str, float] | None) -> None:
-        self.model, self.rank, self.energy = model, rank, energy
-        self.weights = _shares(model.blocks, scores)
+    def __init__(self, model: UniversalModel, blocks: Sequence[Layer], wish: Wish) -> None:
+        self.model, self.wish = model, wish
         self.heads: dict[str, int] = {}
         self.matrices: dict[str, int] = {}
         self.notes: list[str] = []
         self.attentions: dict[str, tuple[Layer, Dense]] = {}
-        for block in model.blocks:
+        for block in blocks:
             for name, module in block.module.named_modules():
                 path = f"{block.name}.{name}" if name else block.name
                 found = dense_attention(model.module, path, module)
@@ -95,28 +141,27 @@ class _Work:
 
     def attention(self, batches: Data) -> None:
         """Fits, and narrows every attention. All are fitted before the first is changed: they see the original's activations."""
-        wanted = {part.name: part.module for _, a in self.attentions.values() for part in a.reads}
-        sizes = {name: a.size for a in self._all() for name in a.names}
-        grams = gathered(self.model, batches, outputs=wanted, sizes=sizes)
+        fits = fitted(self.model, {path: a for path, (_, a) in self.attentions.items()}, batches)
         for path, (block, attention) in self.attentions.items():
-            fit = attention.fitted(grams)
-            r = fit.rank(self._rank(block), self._energy(block))
+            if self.wish.fixed and path not in self.wish.heads:
+                continue
+            fit = fits[path]
+            r = self.wish.heads.get(path) or fit.rank(self.wish.rank_in(block), self.wish.energy_in(block))
             narrowed(self.model.module, attention, fit, r)
             self.heads[path] = r
-
-    def _all(self) -> list[Dense]:
-        return [a for _, a in self.attentions.values()]
 
     def feed_forward(self, batches: Data) -> None:
         """The matrices of converted blocks that read or write the stream's width, attention's own apart."""
         blocks = {block.name: block for block, _ in self.attentions.values()}
-        own = [*self.heads, *(a.out_name for a in self._all())]
+        own = [*self.attentions, *(a.out_name for _, a in self.attentions.values())]
         found = {
             f"{block.name}.{name}": (block, module)
             for block in blocks.values()
             for name, module in block.module.named_modules()
             if matrix(module) is not None and not _inside(f"{block.name}.{name}", own)
         }
+        if self.wish.fixed:
+            found = {name: pair for name, pair in found.items() if name in self.wish.matrices}
         reads = {n: m for n, (b, m) in found.items() if m_in(m) == b.shape[-1] < m_out(m)}
         writes = {n: m for n, (b, m) in found.items() if m_out(m) == b.shape[-1] < m_in(m)}
         grams = gathered(self.model, batches, outputs=writes, inputs=reads)
@@ -128,21 +173,22 @@ class _Work:
         values, vectors = torch.linalg.eigh(gram)
         width = len(values)
         size = next(a for b, a in self.attentions.values() if b is block).size
-        wanted = self._rank(block)
-        r = min(width, round(width * wanted / size)) if wanted else fewest(values.flip(0), self._energy(block))
+        wanted = self.wish.rank_in(block)
+        r = min(width, round(width * wanted / size)) if wanted else fewest(values.flip(0), self.wish.energy_in(block))
+        r = self.wish.matrices.get(name, r)
         if r * (m_in(module) + m_out(module)) >= m_in(module) * m_out(module):
             self.notes.append(f"{name} stays dense: {r} directions would not make it smaller.")
             return
-        factored = in_two(module, vectors.flip(1)[:, :r].T, reading=reading)
-        parent, _, key = name.rpartition(".")
-        setattr(self.model.module.get_submodule(parent), key, factored)
+        replace_(self.model.module, module, in_two(module, vectors.flip(1)[:, :r].T, reading=reading))
         self.matrices[name] = r
 
-    def _rank(self, block: Layer) -> int | None:
-        return None if self.rank is None else max(1, round(self.rank * self.weights[block.name]))
 
-    def _energy(self, block: Layer) -> float:
-        return 1 - (1 - self.energy) / self.weights[block.name]
+def fitted(model: UniversalModel, attentions: Mapping[str, Dense], batches: Data) -> dict[str, Subspaces]:
+    """Path → the subspaces of each attention on `batches`."""
+    wanted = {part.name: part.module for a in attentions.values() for part in a.reads}
+    sizes = {name: a.size for a in attentions.values() for name in a.names}
+    grams = gathered(model, batches, outputs=wanted, sizes=sizes)
+    return {path: a.fitted(grams) for path, a in attentions.items()}
 
 
 def _inside(name: str, paths: list[str]) -> bool:
@@ -170,4 +216,4 @@ def m_out(module: nn.Module) -> int:
     return int(matrix(module).shape[0])  # type: ignore[union-attr]
 
 
-__all__ = ["Conversion", "convert_to_tva"]
+__all__ = ["Conversion", "Wish", "convert_", "convert_to_tva", "fitted", "reshaped_"]

@@ -16,6 +16,7 @@ from layerwise.factors import matrix
 from layerwise.native.gram import fewest
 
 Grams = Mapping[str, Tensor]
+NARROWED = "narrowed_from"  # the attribute of a narrowed attention that keeps the head size it had
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,14 @@ class Dense:
         # queries and keys are scaled against each other at will: each counts with the same weight
         kept = _pairs(q, k) if self.turned else _principal(q / _traces(q) + k / _traces(k))
         return Subspaces(kept, _principal(v), self.turned)
+
+    def unfitted(self) -> Subspaces:
+        """The first features of every head, whatever they hold: enough to give a module its shape."""
+        like = matrix(self.key.module)
+        assert like is not None  # that is what made it an attention
+        eye = torch.eye(self.size, dtype=like.dtype, device=like.device).expand(self.key.heads, -1, -1)
+        first = Ordered(eye.diagonal(dim1=-2, dim2=-1), eye)
+        return Subspaces(first, first, self.turned)
 
     def _of(self, grams: Grams, part: Part) -> Tensor:
         first = part.start // self.size
@@ -160,7 +169,7 @@ def narrowed(root: nn.Module, a: Dense, fit: Subspaces, r: int) -> None:
     assert weight is not None
     by_head = weight.unflatten(1, (a.value.heads, -1, a.size))
     set_matrix_(out, torch.einsum("ogns,grs->ognr", by_head, content).flatten(1), out.bias)  # type: ignore[arg-type]  # tensor or None
-    for key, value in a.tell(r).items():
+    for key, value in {**a.tell(r), NARROWED: a.size}.items():
         setattr(a.module, key, value)
     if a.turned and r < a.size:
         parent, _, key = a.path.rpartition(".")
@@ -262,6 +271,7 @@ CONVENTIONS: dict[frozenset[str], Callable[[nn.Module, str, Any], Dense | str]] 
 
 __all__ = [
     "CONVENTIONS",
+    "NARROWED",
     "Dense",
     "Ordered",
     "Part",
