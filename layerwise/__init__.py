@@ -16,7 +16,18 @@ if TYPE_CHECKING:  # three of the verbs are modules as well: see layerwise.verb
 __version__ = "0.1.0"
 
 _HOMES = {
-    "layerwise.engine": ("load", "load_data", "fit_head", "analyze", "plan", "compress", "export", "track", "leaderboard"),
+    "layerwise.engine": (
+        "load",
+        "load_data",
+        "fit_head",
+        "analyze",
+        "plan",
+        "compress",
+        "distill",
+        "export",
+        "track",
+        "leaderboard",
+    ),
     "layerwise.analyzer": ("ImportanceAnalyzer",),
     "layerwise.adapters.graph": ("GraphModalityAdapter",),
     "layerwise.adapters.tabular": ("TabularModalityAdapter",),
@@ -24,12 +35,14 @@ _HOMES = {
     "layerwise.artifact": ("Artifact",),
     "layerwise.data": ("Batch", "Data"),
     "layerwise.enhanced": ("EnhancedAnalysisRegistry",),
+    "layerwise.distillation": ("Distillation",),
     "layerwise.errors": ("LayerwiseError",),
     "layerwise.extensions": ("ComputerVisionExtension", "ScientificComputingExtension"),
     "layerwise.importance": ("ImportanceReport",),
     "layerwise.model": ("UniversalModel",),
     "layerwise.multimodal": ("MultiModalAnalysis",),
     "layerwise.plan": ("CompressionPlan", "Step"),
+    "layerwise.plugins.distillation": ("ModelDistillationPlugin",),
     "layerwise.result": ("CompressionResult", "Measurement", "Proof"),
     "layerwise.scores": ("LayerScore", "Scores", "Status"),
     "layerwise.selection": ("IntelligentMethodSelector",),
@@ -37,7 +50,9 @@ _HOMES = {
     "layerwise.strategy": ("TaskAdapter", "TaskType"),
     "layerwise.structure": ("Layer",),
     "layerwise.target": ("Target",),
+    "layerwise.supplies": ("Supplies",),
     "layerwise.tracking": ("PerformanceTracker",),
+    "layerwise.training": ("TrainingSettings",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *sorted(_HOME)]

@@ -15,6 +15,7 @@ from layerwise.artifact import Artifact
 from layerwise.artifact import export as export_artifact
 from layerwise.damage import removal_curve
 from layerwise.data import Data
+from layerwise.distillation import Distillation
 from layerwise.errors import UsageError
 from layerwise.heads import fit_head
 from layerwise.importance import ImportanceReport, LayerInfo
@@ -32,6 +33,7 @@ from layerwise.selection import AUTO
 from layerwise.spec import built, written
 from layerwise.supplies import Supplies
 from layerwise.target import Target
+from layerwise.training import Trained, TrainingSettings, kept_zeros, train_
 from layerwise.units import Granularity, granularities
 from layerwise.weights import check_finite
 from layerwise.zeroshot import SCHEME, WeightAnalyzer, only_weights, score_file
@@ -177,6 +179,37 @@ def compress(
     return CompressionResult(applied.model, applied.plan, before, after, proofs, about)
 
 
+def distill(
+    student: UniversalModel | nn.Module | str,
+    teacher: UniversalModel | nn.Module | str,
+    data: Any,
+    objectives: str | Distillation = "response",
+    *,
+    validation: Any = None,
+    recipe: TrainingSettings | None = None,
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[UniversalModel, Trained]:
+    """A copy of `student` that was trained under `teacher` on `data`, and what the training did; the given models are left alone.
+
+    `objectives`: names joined by ``+`` (``response+feature``), or a `Distillation` with its settings. Zeros of pruned weights
+    stay. `checkpoint` is a folder from which it resumes to the same result. Raises `UsageError` for models that do not share
+    vocabulary or classes, and for objectives that do not suit them.
+    """
+    pupil, master, batches = _universal(student), _universal(teacher), Data.of(data)
+    pupil.see(batches[0])
+    pupil = pupil.clone()
+    supplies = Supplies(
+        training=batches,
+        validation=None if validation is None else Data.of(validation),
+        teacher=master,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+    objective = Distillation(tuple(objectives.split("+"))) if isinstance(objectives, str) else objectives
+    return pupil, train_(pupil, supplies, objective, recipe, after_step=kept_zeros(pupil.module))
+
+
 def export(model: UniversalModel, path: str | Path, data: Any = None, *, force: bool = False) -> Artifact:
     """Writes `model` in the format that the suffix of `path` names, runs it in its own runtime and compares.
 
@@ -289,4 +322,16 @@ def _with_curve(report: ImportanceReport, model: UniversalModel, data: Data, pro
     return replace(report, removal=curve if order else None, metrics=metrics)
 
 
-__all__ = ["analyze", "chosen_analyzers", "compress", "export", "fit_head", "leaderboard", "load", "load_data", "plan", "track"]
+__all__ = [
+    "analyze",
+    "chosen_analyzers",
+    "compress",
+    "distill",
+    "export",
+    "fit_head",
+    "leaderboard",
+    "load",
+    "load_data",
+    "plan",
+    "track",
+]

@@ -1,1 +1,1 @@
-"""Companions that watch or extend a run. This version ships none; floor 3 of docs/architecture.md is where they will live."""
+"""Companions that extend the library under the names that people ask for, one file each."""
