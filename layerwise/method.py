@@ -78,9 +78,17 @@ class CompressionMethod(ABC):
     def treats(self, layer: Layer) -> str:
         """'' or the reason why `layer` cannot be treated."""
 
+    def treats_in(self, model: UniversalModel, layer: Layer) -> str:
+        """The same where the answer depends on what is around `layer`."""
+        return self.treats(layer)
+
     def remarks(self, layer: Layer) -> tuple[str, ...]:
         """What inside a treated layer stays as it was, in words."""
         return ()
+
+    def remarks_in(self, model: UniversalModel, layer: Layer) -> tuple[str, ...]:
+        """The same where the answer depends on what is around `layer`."""
+        return self.remarks(layer)
 
     def fitted(self, model: UniversalModel, layers: Sequence[str], supplies: Supplies) -> CompressionMethod:
         """The method with every choice that depends on weights or data in its settings; itself once that is so."""
@@ -135,7 +143,7 @@ def step_of(method: CompressionMethod, layers: Sequence[str]) -> Step:
 
 def untreated(method: CompressionMethod, model: UniversalModel, layers: Sequence[str]) -> dict[str, str]:
     """Of `layers`, those that `method` cannot treat, with the reason. Raises `UsageError` for a name that does not exist."""
-    reasons = {name: method.treats(model.layer(name)) for name in layers}
+    reasons = {name: method.treats_in(model, model.layer(name)) for name in layers}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
@@ -196,7 +204,7 @@ def apply_step_(
     was_finite = not _not_finite(model)
     method = method.fitted(model, step.layers, supplies)
     made = step_of(method, step.layers)
-    said = [remark for name in step.layers for remark in method.remarks(model.layer(name))]
+    said = [remark for name in step.layers for remark in method.remarks_in(model, model.layer(name))]
     method.apply_(model, step.layers, supplies)
     changed = model.changed(model.module, source=noted(model, made))
     if was_finite and (what := _not_finite(changed)):

@@ -1,0 +1,129 @@
+"""Which units go: scores of units, higher is more important, and the choice of the lowest."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from layerwise.coupling.groups import Group, Place, live
+from layerwise.data import Data
+from layerwise.errors import UsageError
+from layerwise.model import UniversalModel
+
+Floats = NDArray[np.float64]
+PARTS: Mapping[str, Callable[[Place], bool]] = {"filter": lambda p: p.gives, "channel": lambda p: p.eats}
+
+
+def magnitudes(model: UniversalModel, groups: Iterable[Group], part: str = "") -> dict[str, Floats]:
+    """The L2 norm of all weights that go with a unit; of its ``filter`` (rows) or ``channel`` (columns) alone."""
+    tensors = live(model.module)
+    wanted = PARTS.get(part, lambda p: True)
+    return {g.name: _sums(g, {p.name: tensors[p.name].detach().double() ** 2 for p in g.places}, wanted) ** 0.5 for g in groups}
+
+
+def taylor(model: UniversalModel, groups: Iterable[Group], data: Data) -> dict[str, Floats]:
+    """Σ |w·∂loss/∂w| over the weights that go with a unit (Molchanov et al. 2019, first order; there per filter and squared)."""
+    groups = list(groups)
+    parameters = {n: p for n, p in model.module.named_parameters() if any(n == q.name for g in groups for q in g.places)}
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    with _requiring(parameters.values()), torch.enable_grad():
+        for batch in data:
+            found = torch.autograd.grad(model.loss(batch), list(parameters.values()), allow_unused=True)
+            for (name, _), gradient in zip(parameters.items(), found, strict=True):
+                total[name] += 0 if gradient is None else gradient
+    if not any(bool(t.any()) for t in total.values()):
+        raise UsageError(
+            "The loss has no gradient, so that criterion='taylor' cannot tell units apart.",
+            remedy="Give calibration data with targets, or another criterion.",
+        )
+    products = {name: (p.detach() * total[name]).abs().double() for name, p in parameters.items()}
+    return {g.name: _sums(g, products, lambda p: p.name in products) for g in groups}
+
+
+def activations(model: UniversalModel, groups: Iterable[Group], data: Data) -> dict[str, Floats]:
+    """Σ |w|·‖x‖ over the columns that read a unit: the score of Wanda (Sun et al. 2024), summed over the columns of a unit."""
+    groups = list(groups)
+    eaten = {p.name: p for g in groups for p in g.places if p.eats}
+    tensors, squares = live(model.module), dict[str, Tensor]()
+    with ExitStack() as stack:
+        for name, place in eaten.items():
+            owner = model.module.get_submodule(name.rpartition(".")[0])
+            stack.callback(owner.register_forward_pre_hook(_squaring(name, place, squares)).remove)
+        for batch in data:
+            model.predict(batch)
+    scaled = {}
+    for name, place in eaten.items():
+        size = tensors[name].detach().abs().double()
+        form = [1] * size.dim()
+        form[place.dim] = place.size
+        scaled[name] = size * squares[name].double().sqrt().reshape(form) if name in squares else size
+    return {g.name: _sums(g, scaled, lambda p: p.eats) for g in groups}
+
+
+def random(groups: Iterable[Group], seed: int) -> dict[str, Floats]:
+    """Uniform numbers, of each group the same whatever other groups there are."""
+    return {g.name: np.random.default_rng([seed, zlib.crc32(g.name.encode())]).random(g.units) for g in groups}
+
+
+def lowest(scores: Mapping[str, Floats], ratio: float, *, together: bool) -> dict[str, list[int]]:
+    """Of each group the share `ratio` of its units with the lowest scores, at least one stays.
+
+    `together`: of all groups as one, each score divided by the mean of its group, so that sizes do not decide.
+    """
+    if not together:
+        return {name: _first(values, min(round(ratio * len(values)), len(values) - 1)) for name, values in scores.items()}
+    scaled = {name: values / (values.mean() or 1.0) for name, values in scores.items()}
+    every = np.sort(np.concatenate(list(scaled.values())))
+    count = round(ratio * len(every))
+    limit = every[count - 1] if count else -np.inf
+    return {n: _first(v, min(int((v <= limit).sum()), len(v) - 1)) for n, v in scaled.items()}
+
+
+def _first(values: Floats, count: int) -> list[int]:
+    return sorted(int(i) for i in np.argsort(values, kind="stable")[:count])
+
+
+def _sums(group: Group, values: Mapping[str, Tensor], wanted: Callable[[Place], bool]) -> Floats:
+    total = np.zeros(group.units)
+    for place in group.places:
+        if wanted(place):
+            tensor = values[place.name]
+            others = [d for d in range(tensor.dim()) if d != place.dim]
+            line = (tensor.sum(others) if others else tensor).cpu().numpy()
+            total += line[place.indices].sum(1)
+    return total
+
+
+def _squaring(name: str, place: Place, squares: dict[str, Tensor]) -> Callable[[nn.Module, Any], None]:
+    """Adds up the squares of what enters a weight, for each of its columns."""
+
+    def hook(module: nn.Module, args: Any) -> None:
+        x = args[0].detach()
+        dim = 1 if isinstance(module, nn.modules.conv._ConvNd) else x.dim() - 1
+        if x.shape[dim] == place.size:
+            found = x.double().square().sum([d for d in range(x.dim()) if d != dim])
+            squares[name] = squares[name] + found if name in squares else found
+
+    return hook
+
+
+@contextmanager
+def _requiring(parameters: Iterable[Tensor]) -> Any:
+    flags = [(p, p.requires_grad) for p in parameters]
+    for p, _ in flags:
+        p.requires_grad_()
+    try:
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
+__all__: Sequence[str] = ["activations", "lowest", "magnitudes", "random", "taylor"]
