@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -48,6 +48,9 @@ class Artifact:
     parity: Parity
     runtime: str
     notes: tuple[str, ...] = ()
+    figures: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # of a quantized one: what was done, quality and latency before, after
 
     def proof(self) -> Proof:
         """The fourth proof, for a result's list."""
@@ -68,6 +71,7 @@ class Written:
     parity: Parity
     runtime: str
     notes: tuple[str, ...] = ()
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Exporter(ABC):
@@ -77,8 +81,10 @@ class Exporter(ABC):
     format: ClassVar[str]
 
     @abstractmethod
-    def write(self, model: UniversalModel, path: Path, data: Data) -> Written:
+    def write(self, model: UniversalModel, path: Path, data: Data, calibration: Data) -> Written:
         """Writes `path` (and what belongs to it beside it), runs it in its runtime on `data` and compares with torch.
+
+        What a format fixes by watching activations it watches on `calibration`.
 
         Raises `ExportMismatch` naming the first diverging layer, `UserModelError` (LW-U79) for what the format cannot say.
         """
@@ -87,34 +93,53 @@ class Exporter(ABC):
 EXPORTERS: Registry[Exporter] = Registry("exporter", "layerwise.export")
 
 
-def exporter_for(path: Path) -> Exporter:
-    """The exporter for the suffix of `path`. Raises `UsageError` with the nearest suffix."""
+def exporter_for(path: Path, settings: Mapping[str, Any] | None = None) -> Exporter:
+    """The exporter for the suffix of `path`. Raises `UsageError` with the nearest suffix, or the nearest name of a setting."""
     suffixes = {cls.suffix: cls for cls in EXPORTERS.values()}
     if path.suffix not in suffixes:
         what = f"No exporter writes {path.suffix!r} files." if path.suffix else "The name has no suffix to choose a format by."
         raise UsageError(what, place=str(path), remedy=nearest(path.suffix, suffixes))
-    return suffixes[path.suffix]()
+    cls = suffixes[path.suffix]
+    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]  # every exporter is a dataclass
+    for key in settings or {}:
+        if key not in known:
+            raise UsageError(f"The exporter {cls.format} has no setting {key!r}.", remedy=nearest(key, known))
+    return cls(**settings or {})
 
 
-def export(model: UniversalModel, path: str | Path, data: Data | None = None, *, force: bool = False) -> Artifact:
+def export(
+    model: UniversalModel,
+    path: str | Path,
+    data: Data | None = None,
+    *,
+    force: bool = False,
+    calibration: Data | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Artifact:
     """Writes `model` in the format that the suffix of `path` names, and compares it with torch on `data` (or on the example).
 
+    `settings` are the exporter's; `calibration` is watched where they ask for it (default: `data`, and a note says so).
     Raises `UsageError` LW-C07 when `path` exists and not `force`, `ExportMismatch` with nothing left at `path`, `DiskFull`.
     """
     path = Path(path)
-    exporter = exporter_for(path)
+    exporter = exporter_for(path, settings)
     if os.path.lexists(path) and not force:
         raise UsageError(
             "output exists.", place=str(path.absolute()), remedy="Choose another name, or add --force.", code="LW-C07"
         )
     given = data if data is not None else Data.of([model.example], name="a made-up batch")
+    watched = calibration if calibration is not None else given
     model.see(given[0].to(model.device))
     with _moved_when_whole(path) as folder:
-        written = exporter.write(model, folder / path.name, given)
+        written = exporter.write(model, folder / path.name, given, watched)
         files = [f for f in folder.iterdir() if f.is_file()]
         size, digest = sum(f.stat().st_size for f in files), sha256_file(folder / path.name)
-    notes = written.notes if data is not None else (*written.notes, "compared on a made-up batch: no data was given")
-    return Artifact(path, exporter.format, size, digest, written.parity, written.runtime, notes)
+    notes = list(written.notes)
+    if written.figures and watched is given:
+        notes.append("the data that quality was measured on is also what activations were watched on")
+    if data is None:
+        notes.append("compared on a made-up batch: no data was given")
+    return Artifact(path, exporter.format, size, digest, written.parity, written.runtime, tuple(notes), written.figures)
 
 
 @contextmanager

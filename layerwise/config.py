@@ -85,7 +85,7 @@ class RunConfig(BaseModel):
     recover: Names = Field(
         default=(), description="steps that learn on --train-data after the cut, with commas: fine_tune(epochs=2), distill"
     )
-    export: Names = Field(default=(), description="artifacts to write, with commas, such as model.onnx")
+    export: Names = Field(default=(), description="artifacts to write, with commas: model.onnx, int8.onnx(quantize=auto)")
     device: str | None = Field(default=None, description="cpu, cuda, cuda:0, mps (default: cpu)")
     executor: str = Field(default="local", description="who runs the batches: local, ray, or ray:N with N worker processes")
     seed: int = Field(default=0, ge=0, le=LARGEST, description="the seed of everything random")

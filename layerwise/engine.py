@@ -210,12 +210,16 @@ def distill(
     return pupil, train_(pupil, supplies, objective, recipe, after_step=kept_zeros(pupil.module))
 
 
-def export(model: UniversalModel, path: str | Path, data: Any = None, *, force: bool = False) -> Artifact:
+def export(
+    model: UniversalModel, path: str | Path, data: Any = None, *, force: bool = False, calibration: Any = None, **settings: Any
+) -> Artifact:
     """Writes `model` in the format that the suffix of `path` names, runs it in its own runtime and compares.
 
-    Raises `ExportMismatch`, with nothing left at `path`, when the artifact computes something else.
+    `settings` are the exporter's own, such as ``quantize="auto"`` of ONNX, which watches activations on `calibration` (default:
+    `data`). Raises `ExportMismatch`, with nothing left at `path`, when the artifact computes something else.
     """
-    return export_artifact(model, Path(path), None if data is None else Data.of(data), force=force)
+    batches, watched = (None if given is None else Data.of(given) for given in (data, calibration))
+    return export_artifact(model, Path(path), batches, force=force, calibration=watched, settings=settings)
 
 
 def track(result: CompressionResult, *, database: str | None = None, **details: Any) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -76,15 +77,19 @@ def latency(model: UniversalModel, batch: Batch, *, repeats: int = 20) -> float:
 
 def time_paired(models: Sequence[UniversalModel], batch: Batch, *, repeats: int = 20) -> list[Latency]:
     """The latency of each model on `batch`, in rounds of one forward each; every second round goes backwards."""
-    batches = [batch.to(m.device) for m in models]
-    times: list[list[float]] = [[] for _ in models]
+    return alternated([partial(_milliseconds, model, batch.to(model.device)) for model in models], repeats)
+
+
+def alternated(clocks: Sequence[Callable[[], float]], repeats: int = 20) -> list[Latency]:
+    """The latency that each of `clocks` gives (milliseconds per call), called in turn; every second round goes backwards."""
+    times: list[list[float]] = [[] for _ in clocks]
     for _ in range(WARM_UP):
-        once = [_milliseconds(m, b) for m, b in zip(models, batches, strict=True)]
+        once = [clock() for clock in clocks]
     rounds = max(LEAST, min(repeats, int(SECONDS * 1000 / max(sum(once), 1e-6))))
     for round_ in range(rounds):
-        order = range(len(models)) if round_ % 2 == 0 else reversed(range(len(models)))
+        order = range(len(clocks)) if round_ % 2 == 0 else reversed(range(len(clocks)))
         for i in order:
-            times[i].append(_milliseconds(models[i], batches[i]))
+            times[i].append(clocks[i]())
     quartiles = [np.percentile(t, [25, 50, 75]) for t in times]
     return [Latency(float(q[1]), float(q[2] - q[0]) / 2, rounds) for q in quartiles]
 

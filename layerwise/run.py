@@ -30,7 +30,7 @@ from layerwise.model import UniversalModel
 from layerwise.plan import CompressionPlan
 from layerwise.result import CompressionResult, Measurement, Proof
 from layerwise.runfolder import CONFIG, RunFolder, final_of, key_of, new_folder, resumed_folder
-from layerwise.spec import built
+from layerwise.spec import built, parted
 
 Progress = Callable[[int, int], None]
 
@@ -279,15 +279,18 @@ def _compress(walk: Walk, progress: Progress) -> None:
 
 
 def _export(walk: Walk, progress: Progress) -> None:
-    names = [artifact_name(entry) for entry in walk.config.export]
+    wanted = [artifact_of(entry) for entry in walk.config.export]
+    calibration = None if walk.evaluation is walk.data else walk.data
     place = walk.folder.path("artifacts")
     made = []
-    for position, name in enumerate(names):
+    for position, (name, settings) in enumerate(wanted):
         place.mkdir(exist_ok=True)
-        artifact = engine.export(walk.result.model, place / name, walk.evaluation, force=True)
+        artifact = engine.export(
+            walk.result.model, place / name, walk.evaluation, force=True, calibration=calibration, **settings
+        )
         about = {"name": name, "kind": artifact.format, "path": f"artifacts/{name}", "size": artifact.bytes}
         made.append(artifact.to_dict() | about | {"proof": artifact.proof().to_dict()})
-        progress(position + 1, len(names))
+        progress(position + 1, len(wanted))
     walk.artifacts = made
     walk.write("artifacts.json", json.dumps(made, indent=1) + "\n")
 
@@ -362,6 +365,12 @@ def open_data(config: RunConfig, model: UniversalModel, spec: str, split: str | 
 def methods_of(names: tuple[str, ...]) -> str | list[str]:
     """Names as the verbs take them: ``auto`` alone is a word of its own."""
     return names[0] if len(names) == 1 else list(names)
+
+
+def artifact_of(entry: str) -> tuple[str, dict[str, str]]:
+    """The file of an ``export`` entry and the exporter's settings: ``model.onnx(quantize=auto)``."""
+    name, settings = parted(entry, "artifact") if "(" in entry else (entry, {})
+    return artifact_name(name), settings
 
 
 def artifact_name(entry: str) -> str:

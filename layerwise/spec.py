@@ -25,17 +25,23 @@ def built(registry: Registry[T], spec: str) -> T:
 
     Raises `UsageError` for text that cannot be read, and with the nearest name for an unknown class or setting.
     """
-    found = SPEC.fullmatch(spec)
-    if found is None:
-        raise UsageError(f"{spec!r} is no {registry.kind}.", remedy="Write NAME or NAME(setting=value, ...).")
-    cls = registry[found[1]]
+    name, settings = parted(spec, registry.kind)
+    cls = registry[name]
     defaults = {f.name: f.default for f in fields(cls)}  # type: ignore[arg-type]  # every registered method is a dataclass
     given: dict[str, Any] = {}
-    for key, text in (_setting(part, spec) for part in split_specs(found[2] or "")):
+    for key, text in settings.items():
         if key not in defaults:
-            raise UsageError(f"{found[1]} has no setting {key!r}.", place=spec, remedy=nearest(key, defaults))
+            raise UsageError(f"{name} has no setting {key!r}.", place=spec, remedy=nearest(key, defaults))
         given[key] = _value(text, defaults[key])
     return cls(**given)
+
+
+def parted(spec: str, kind: str) -> tuple[str, dict[str, str]]:
+    """The name in `spec`, and its settings as text. Raises `UsageError` for what cannot be read as a `kind`."""
+    found = SPEC.fullmatch(spec)
+    if found is None:
+        raise UsageError(f"{spec!r} is no {kind}.", remedy="Write NAME or NAME(setting=value, ...).")
+    return found[1], dict(_setting(part, spec) for part in split_specs(found[2] or ""))
 
 
 def written(name: str, settings: dict[str, Any]) -> str:

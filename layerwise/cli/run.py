@@ -78,7 +78,7 @@ def _check_names(config: RunConfig) -> None:
     from layerwise import engine
     from layerwise.artifact import exporter_for
     from layerwise.method import METHODS
-    from layerwise.run import artifact_name, methods_of
+    from layerwise.run import artifact_of, methods_of
     from layerwise.target import Target
 
     engine.chosen_analyzers(methods_of(config.methods))
@@ -88,4 +88,5 @@ def _check_names(config: RunConfig) -> None:
         if name != "auto":
             METHODS[name]
     for entry in config.export:
-        exporter_for(Path(artifact_name(entry)))
+        name, settings = artifact_of(entry)
+        exporter_for(Path(name), settings)

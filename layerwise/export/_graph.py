@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,55 @@ def _leaves(value: Any, inside: set[Any]) -> bool:
     return value.is_graph_output() or any(consumer not in inside for consumer in value.consumers())
 
 
-def without_traces(model: Any) -> list[str]:
-    """Takes out the exporter's notes: they hold file names of this machine and can outweigh a small model. Nothing to note."""
+def name_nodes(model: Any, modules: Collection[str]) -> None:
+    """Calls every node after the module that it computes, ``blocks.0.attn.qkv/MatMul``, so that a list of nodes can be read and
+    made from names of layers. A node with a module's own weight is that module's, also where a later one was folded into it.
+    """
+    taken: set[str] = set()
+    for node in ir_nodes(model):
+        stem = f"{_module(node, modules)}/{node.op_type}"
+        name = next(n for n in chain([stem], (f"{stem}_{i}" for i in count(1))) if n not in taken)
+        taken.add(name)
+        node.name = name
+
+
+def owner(node: str) -> str:
+    """The dotted path of the module that a node named by `name_nodes` belongs to."""
+    return node.rpartition("/")[0]
+
+
+def ir_nodes(model: Any) -> list[Any]:
+    """Every node, those of subgraphs as well."""
     import onnx_ir as ir
 
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+    return list(ir.traversal.RecursiveGraphIterator(model.graph))
+
+
+def _module(node: Any, modules: Collection[str]) -> str:
+    """Where it was called; its weight's module where that stands beside: a convolution takes in the normalization after it."""
+    scopes = [s.removeprefix(f"{ROOT}.") for s in ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))]
+    called = next((s for s in reversed(scopes) if s in modules), "")
+    weights = [v.name.removeprefix(f"{ROOT}.").rpartition(".")[0] for v in node.inputs if v is not None and v.is_initializer()]
+    held = next((w for w in weights if w in modules), "")
+    beside = held and held.rpartition(".")[0] == called.rpartition(".")[0]
+    return held if beside or not called else called
+
+
+def missing_data(path: Path) -> tuple[str, str] | None:
+    """The first tensor of the file at `path` whose external data is not there, and the file that should hold it."""
+    import onnx
+
+    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location" and not (path.parent / entry.value).is_file():
+                return tensor.name.removeprefix(f"{ROOT}."), entry.value
+    return None
+
+
+def without_traces(model: Any) -> list[str]:
+    """Takes out the exporter's notes: they hold file names of this machine and can outweigh a small model. Nothing to note."""
+
+    for node in ir_nodes(model):
         node.metadata_props.clear()
         node.doc_string = None
     for value in (*model.graph.inputs, *model.graph.outputs, *_values(model)):
@@ -91,6 +136,7 @@ def with_outputs(path: Path, probe: Path, places: Mapping[str, str]) -> list[str
             copy.outputs[0].name, copy.outputs[0].dtype, copy.outputs[0].shape = f"{value.name}.probe", value.dtype, value.shape
             model.graph.append(copy)
             value = copy.outputs[0]
+        value.dtype = value.dtype or ir.DataType.FLOAT  # a graph's output must say what it is; layers give floats
         outputs.add(id(value))
         model.graph.outputs.append(value)
     ir.save(model, probe)

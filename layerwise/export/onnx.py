@@ -21,10 +21,13 @@ from torch import Tensor
 
 from layerwise.artifact import EXPORTERS, Exporter, Parity, Written
 from layerwise.data import Batch, Data
-from layerwise.errors import ExportMismatch, UserModelError, missing_dependency
-from layerwise.export._graph import layer_outputs, widen_bfloat16, with_outputs, without_traces
+from layerwise.errors import UsageError, UserModelError, missing_dependency
+from layerwise.export._eight_bit import Rounded, make, prove
+from layerwise.export._graph import layer_outputs, name_nodes, widen_bfloat16, without_traces
 from layerwise.export._inputs import Inputs, NamedForward
 from layerwise.export._int8 import compact, unrounded, without_rounding
+from layerwise.export._parity import BOUNDS, compared, other_sizes, reason, removed
+from layerwise.export._quantize import check
 from layerwise.model import UniversalModel
 from layerwise.packed import PackedWeight, floats_
 from layerwise.proofs import relative_error
@@ -34,37 +37,70 @@ from layerwise.trace import evaluating
 
 ONE_FILE = 2_000_000_000  # bytes; a protobuf message cannot be larger than 2 GiB
 BATCHES = 4
-# Largest difference relative to the largest output. float32: 6e-8 per operation, summed in another order. float16: 5e-4 per
-# operation. bfloat16: 4e-3, and torch rounds where onnxruntime does not. int8: at least this, or twice the noise that its own
-# rounding makes in this model (see `own_noise`); the sharp check is that of `eight_bits`.
-BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "int8": 5e-2}
 
 
 @EXPORTERS.register("onnx")
 @dataclass(frozen=True)
 class OnnxExporter(Exporter):
-    """One file below 2 GB, with a dynamic batch dimension and, where the model allows it, dynamic numbers of tokens."""
+    """One file below 2 GB, with a dynamic batch dimension and, where the model allows it, dynamic numbers of tokens.
+
+    `quantize`: ``static``, ``dynamic`` or ``auto`` for 8-bit nodes (see docs/onnx.md); `keep`: a regular expression, the layers
+    in whose dotted paths it is found stay float.
+    """
 
     suffix: ClassVar[str] = ".onnx"
     format: ClassVar[str] = "onnx"
 
-    def write(self, model: UniversalModel, path: Path, data: Data) -> Written:
+    quantize: str = ""
+    keep: str = ""
+
+    def __post_init__(self) -> None:
+        check(self.quantize, self.keep)
+
+    def write(self, model: UniversalModel, path: Path, data: Data, calibration: Data) -> Written:
         runtime = _packages()
         here = model if model.device.type == "cpu" else model.changed(model.clone().module.cpu(), source=model.source)
         here, notes = unpacked(here)
+        self._check(here)
         batches = list(islice(data, BATCHES))
-        numbers = arithmetic(here)
         program, inputs = exported(here, batches)
         places = layer_outputs(program.model, [layer.name for layer in here.layers if layer.stream is not None])
+        name_nodes(program.model, dict(here.module.named_modules()))
         notes += [*widen_bfloat16(program.model), *without_traces(program.model), *fixed_axes(program.model)]
-        save(program, path, byte_size(here.module))
-        sizes = other_sizes(batches)
-        bound = BOUNDS[numbers]
-        if numbers == "int8":
-            notes += eight_bits(here, path, inputs, sizes, places)
-            bound = max(bound, 2 * own_noise(here, sizes))
-        parity = compared(here, path, inputs, sizes, bound, places)
-        return Written(parity, f"onnxruntime {runtime.__version__}", tuple(notes))
+        version, size = f"onnxruntime {runtime.__version__}", byte_size(here.module)
+        if not self.quantize:
+            save(program, path, size)
+            parity = proved(here, path, inputs, other_sizes(batches), places, notes)
+            return Written(parity, version, tuple(notes))
+        reference = path.with_name(f"float-{path.name}")
+        with removed(reference), removed(path.with_name(f"split-{reference.name}")):
+            save(program, reference, size)
+            compared(here, reference, inputs, other_sizes(batches), BOUNDS["float32"], places)
+            rounded = Rounded(self.quantize, self.keep, calibration, data)
+            same, choice = make(reference, path, inputs, rounded)
+            found = prove(here, same, path, choice, inputs, rounded, batches, places)
+        return Written(found.parity, version, (*notes, *found.notes), found.figures)
+
+    def _check(self, model: UniversalModel) -> None:
+        """Raises `UsageError` for a model that cannot be quantized."""
+        if self.quantize and (numbers := arithmetic(model)) != "float32":
+            what = f"8-bit nodes are made of float32 weights, and those of {model.name} are {numbers}."
+            raise UsageError(what, place="quantize", remedy="Leave out quantize, or export the model before that step.")
+        if self.quantize and byte_size(model.module) > ONE_FILE:
+            what = f"The weights of {model.name} do not fit into one file of 2 GB, which quantizing needs."
+            raise UsageError(what, place="quantize", remedy="Leave out quantize.")
+
+
+def proved(
+    model: UniversalModel, path: Path, inputs: Inputs, sizes: Sequence[Batch], places: Mapping[str, str], notes: list[str]
+) -> Parity:
+    """Compares the file with torch by the bound of the model's numbers; adds what there is to say to `notes`."""
+    numbers = arithmetic(model)
+    bound = BOUNDS[numbers]
+    if numbers == "int8":
+        notes += eight_bits(model, path, inputs, sizes, places)
+        bound = max(bound, 2 * own_noise(model, sizes))
+    return compared(model, path, inputs, sizes, bound, places)
 
 
 def unpacked(model: UniversalModel) -> tuple[UniversalModel, list[str]]:
@@ -110,7 +146,7 @@ def exported(model: UniversalModel, batches: Sequence[Batch]) -> tuple[Any, Inpu
             )
         except Exception as error:  # the exporter lets through whatever the model's own code raises under tracing
             raise UserModelError(
-                f"torch.onnx cannot export {model.name}: {_reason(error)}",
+                f"torch.onnx cannot export {model.name}: {reason(error)}",
                 remedy="Replace the operation it names, or register one for ONNX.",
                 code="LW-U79",
             ) from error
@@ -151,40 +187,12 @@ def save(program: Any, path: Path, size: int) -> None:
     program.save(path, external_data=size > ONE_FILE)
 
 
-def other_sizes(batches: Sequence[Batch]) -> list[Batch]:
-    """The batches, and one sample alone: none of them has the two samples that the export was made on."""
-    single = batches[0].narrow(0, 1)
-    return [single, *(b if b.size != 2 else b.narrow(1, 2) for b in batches)]
-
-
-def compared(
-    model: UniversalModel, path: Path, inputs: Inputs, batches: Sequence[Batch], bound: float, places: Mapping[str, str]
-) -> Parity:
-    """Runs `path` in onnxruntime on `batches`. Raises `ExportMismatch` (LW-V21) naming the first layer that is further off."""
-    session = _session(path)
-    absolute = relative = 0.0
-    for batch in batches:
-        found, wanted = _run(session, inputs, batch)[0], model.predict(batch)
-        off = relative_error(found, wanted)
-        if not off <= bound:
-            layer = first_diverging(model, path, inputs, batch, bound, places)
-            gap = float((found.double() - wanted.double()).abs().max()) if found.shape == wanted.shape else float("inf")
-            raise ExportMismatch(
-                f"onnxruntime gives other outputs than torch: largest difference {gap:.3g}, relative {off:.3g}, bound {bound:g}; "
-                f"the first layer that diverges is {layer}.",
-                place=layer,
-                remedy="Nothing was written under the final name.",
-            )
-        relative, absolute = max(relative, off), max(absolute, float((found.double() - wanted.double()).abs().max()))
-    return Parity(absolute, relative, bound, sum(b.size for b in batches))
-
-
 def eight_bits(
     model: UniversalModel, path: Path, inputs: Inputs, batches: Sequence[Batch], places: Mapping[str, str]
 ) -> list[str]:
     """Compares a copy of the graph without roundings with torch without them, by the bound of what remains; gives notes."""
     probe = path.with_name(f"unrounded-{path.name}")
-    with _removed(probe):
+    with removed(probe):
         if not without_rounding(path, probe):
             return ["its 8-bit products are of an unknown form, and were compared as they are only"]
         kinds = {str(p.dtype).removeprefix("torch.") for p in model.module.parameters() if not wraps(p)}
@@ -207,44 +215,6 @@ def own_noise(model: UniversalModel, batches: Sequence[Batch]) -> float:
     return noise
 
 
-def first_diverging(
-    model: UniversalModel, path: Path, inputs: Inputs, batch: Batch, bound: float, places: Mapping[str, str]
-) -> str:
-    """The first layer whose output differs by more than `bound`, by a copy of the graph that gives every layer's output."""
-    probe = path.with_name(f"probe-{path.name}")
-    with _removed(probe):
-        names = with_outputs(path, probe, places)
-        found = dict(zip(names, _run(_session(probe), inputs, batch)[1:], strict=True))
-    with model.capture(names) as wanted:
-        model.predict(batch)
-    for name in names:
-        if found[name].shape == wanted[name][1].shape and not relative_error(found[name], wanted[name][1]) <= bound:
-            return name
-    return "after the last layer"
-
-
-def _session(path: Path) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors; it warns of every constant that it folds away
-    try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions share no base class
-        raise ExportMismatch(f"onnxruntime refuses the exported graph: {_reason(error)}") from error
-
-
-def _run(session: Any, inputs: Inputs, batch: Batch) -> list[Tensor]:
-    taken = {i.name for i in session.get_inputs()}  # what the graph does not read is no input of it
-    feed = {name: value.cpu().numpy() for name, value in inputs.values(batch).items() if name in taken}
-    try:
-        return [torch.from_numpy(array) for array in session.run(None, feed)]
-    except Exception as error:
-        shapes = {name: value.shape for name, value in feed.items()}
-        raise ExportMismatch(f"onnxruntime cannot run inputs of the shapes {shapes}: {_reason(error)}") from error
-
-
 def fixed_axes(graph: Any) -> list[str]:
     """A note for every axis of tokens that the model fixes."""
     shapes = {value.name: list(value.shape) for value in graph.graph.inputs}
@@ -259,14 +229,6 @@ def _floating(graph: Any, name: str) -> bool:
     return next(v for v in graph.graph.inputs if v.name == name).dtype.is_floating_point()
 
 
-def _reason(error: BaseException) -> str:
-    """The innermost cause: the exporter wraps it in advice on how to report bugs."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
-
-
 def _packages() -> Any:
     try:
         import onnxruntime
@@ -274,16 +236,6 @@ def _packages() -> Any:
     except ImportError as error:
         raise missing_dependency(error.name or "onnx", "onnx", "Exporting to ONNX") from error
     return onnxruntime
-
-
-@contextmanager
-def _removed(probe: Path) -> Iterator[None]:
-    """A file to look at, and what lies beside it: gone after the block."""
-    try:
-        yield
-    finally:
-        for file in probe.parent.glob(f"{probe.name}*"):
-            file.unlink()
 
 
 @contextmanager
