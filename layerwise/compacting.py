@@ -179,7 +179,7 @@ def write_compact(model: UniversalModel, folder: Path) -> Compact | str:
         tensors = {name: tensor.detach() for name, tensor in state(module).items()}
         save_weights(trial / "model.safetensors", {new: tensors[old] for old, new in _renumbered(tensors, compact.kept).items()})
         write_config(module, compact.config, trial)
-        if apart := _difference(model, trial):
+        if apart := difference(model, trial):
             return apart
         for file in trial.iterdir():
             file.rename(folder / file.name)
@@ -198,7 +198,7 @@ def write_config(module: Any, config: Mapping[str, Any], folder: Path) -> None:
         module.generation_config.save_pretrained(folder)
 
 
-def _difference(model: UniversalModel, folder: Path) -> str:
+def difference(model: UniversalModel, folder: Path) -> str:
     """'' if ``from_pretrained`` gives a model with these outputs on the example, or what it gives in words."""
     example = model.example
     try:
@@ -230,4 +230,4 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-__all__ = ["Compact", "chains", "compacted", "original_names", "quiet", "write_compact", "write_config"]
+__all__ = ["Compact", "chains", "compacted", "difference", "original_names", "quiet", "write_compact", "write_config"]

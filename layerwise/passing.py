@@ -29,11 +29,12 @@ class PassThrough(nn.Module):
 
     @classmethod
     def for_(cls, layer: nn.Module, stream: Stream, form: Any) -> PassThrough:
-        own = vars(layer).items()
-        indices = {vars(m)["layer_idx"] for m in layer.modules() if isinstance(vars(m).get("layer_idx"), int)}
-        cached_as = indices.pop() if len(indices) == 1 else None
-        stand_in = cls(stream, form, {k: v for k, v in own if not k.startswith("_") and isinstance(v, PLAIN)}, cached_as)
-        return stand_in.train(layer.training)
+        return cls(stream, form, settings_of(layer), cache_index(layer)).train(layer.training)
+
+    @property
+    def cached_as(self) -> int | None:
+        """Its number in a key-value cache."""
+        return self._cached_as
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._cached_as is not None:
@@ -42,6 +43,17 @@ class PassThrough(nn.Module):
         for leaves, enters in ((self._stream.leaves, self._stream.enters), *self._stream.passed):
             output = trees.replaced(output, leaves, trees.get((args, kwargs), enters))
         return output
+
+
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """The public settings that are plain values."""
+    return {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training" and isinstance(v, PLAIN)}
+
+
+def cache_index(layer: nn.Module) -> int | None:
+    """The one number that the modules of a layer go by in a key-value cache."""
+    indices = {vars(m)["layer_idx"] for m in layer.modules() if isinstance(vars(m).get("layer_idx"), int)}
+    return indices.pop() if len(indices) == 1 else None
 
 
 def _count_tokens(index: int, stream: Tensor, given: Sequence[Any]) -> None:
@@ -55,4 +67,4 @@ def _count_tokens(index: int, stream: Tensor, given: Sequence[Any]) -> None:
             cache.update(mark, mark, index)
 
 
-__all__ = ["PLAIN", "PassThrough"]
+__all__ = ["PLAIN", "PassThrough", "cache_index", "settings_of"]

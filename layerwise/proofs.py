@@ -126,7 +126,7 @@ def _masked_equivalence(
         f"{step.method} on {len(step.layers)} layers: largest difference from the uncut model with them masked, "
         f"relative to its largest output, over {sum(b.size for b in batches)} samples"
     )
-    check = method.check_on(before, after, step.layers, supplies)
+    check = _same_ties(before.module, after.module) or method.check_on(before, after, step.layers, supplies)
     if worst <= BOUND and check is not None and not check.passed:
         return Proof("masked_equivalence", False, f"{step.method}: {check.detail}", check.measured, check.bound, check.place)
     return Proof("masked_equivalence", worst <= BOUND, detail, worst, BOUND, "" if worst <= BOUND else first)
@@ -162,7 +162,8 @@ def _expected_values(
     method: CompressionMethod,
     supplies: Supplies,
 ) -> Proof:
-    check = _same_modules(before.module, after.module) or method.check_on(before, after, step.layers, supplies)
+    check = _same_modules(before.module, after.module) or _same_ties(before.module, after.module)
+    check = check or method.check_on(before, after, step.layers, supplies)
     assert check is not None  # the contract of a method that is not structural
     detail = f"{step.method}: {check.detail}"
     if check.passed:  # otherwise it may not even run
@@ -174,6 +175,7 @@ def _expected_values(
 def _kept_structure(before: UniversalModel, after: UniversalModel, step: Step, method: CompressionMethod) -> Proof:
     """Training leaves modules, names and shapes alone; the method's own check may ask for more (masks, finite weights)."""
     check = _same_modules(before.module, after.module) or _same_shapes(before.module, after.module)
+    check = check or _same_ties(before.module, after.module)
     check = check or method.check(before, after, step.layers) or Check(0, 0, "modules, names and shapes are as they were")
     return Proof("kept_structure", check.passed, f"{step.method}: {check.detail}", check.measured, check.bound, check.place)
 
@@ -182,6 +184,15 @@ def _same_shapes(before: nn.Module, after: nn.Module) -> Check | None:
     old, new = ({name: tuple(t.shape) for name, t in state(m).items()} for m in (before, after))
     other = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return Check(len(other), 0, "tensors of another shape than before training", other[0]) if other else None
+
+
+def _same_ties(before: nn.Module, after: nn.Module) -> Check | None:
+    """What was one tensor under several names still is: two copies are equal only until one of them is changed."""
+    old, new = state(before), state(after)
+    first = dict[int, str]()
+    owners = {name: first.setdefault(id(tensor), name) for name, tensor in old.items()}
+    apart = [n for n, owner in owners.items() if n in new and owner in new and new[n] is not new[owner]]
+    return Check(len(apart), 0, "tensors that were one and are two", apart[0]) if apart else None
 
 
 def _same_modules(before: nn.Module, after: nn.Module) -> Check | None:

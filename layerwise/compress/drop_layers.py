@@ -14,7 +14,7 @@ from layerwise import trees
 from layerwise.errors import UsageError
 from layerwise.method import METHODS, Check, CompressionMethod, exactly
 from layerwise.model import UniversalModel
-from layerwise.passing import PLAIN, PassThrough
+from layerwise.passing import PLAIN, PassThrough, cache_index, settings_of
 from layerwise.structure import Layer
 from layerwise.supplies import NOTHING, Supplies
 from layerwise.tensors import state
@@ -55,10 +55,25 @@ class DropLayers(CompressionMethod):
         return model.skipping(layers)
 
     def check(self, before: UniversalModel, after: UniversalModel, layers: Sequence[str]) -> Check:
-        """What is left is as it was; outputs alone would not show a wrong weight in a branch that gives nothing."""
+        """What is left is as it was, settings and numbers in the cache included; outputs alone would not show a wrong weight in a
+        branch that gives nothing, nor what generation stumbles over.
+        """
         gone = tuple(f"{name}." for layer in layers for name in _names(before.module, before.layer(layer).module))
         kept = {name: tensor for name, tensor in state(before.module).items() if not name.startswith(gone)}
-        return exactly(kept, state(after.module), "those of the uncut model")
+        check = exactly(kept, state(after.module), "those of the uncut model")
+        return check if not check.passed else _same_settings(before, after, layers, gone) or check
+
+
+def _same_settings(before: UniversalModel, after: UniversalModel, layers: Sequence[str], gone: tuple[str, ...]) -> Check | None:
+    """The failed check, if there is one."""
+    new = dict(after.module.named_modules(remove_duplicate=False))
+    kept = [(n, m) for n, m in before.module.named_modules(remove_duplicate=False) if not f"{n}.".startswith(gone)]
+    other = [n for n, m in kept if repr(settings_of(m)) != repr(settings_of(new[n]))]
+    for name in layers:
+        stand_in = new[name]
+        if not isinstance(stand_in, PassThrough) or stand_in.cached_as != cache_index(before.layer(name).module):
+            other.append(name)
+    return Check(len(other), 0, "modules whose settings are not those of the uncut model", other[0]) if other else None
 
 
 def _forms(model: UniversalModel, layers: Sequence[str]) -> dict[str, Any]:
