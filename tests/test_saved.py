@@ -212,3 +212,11 @@ def test_no_sample_of_the_user_is_saved(tmp_path: Path) -> None:
     save_model(model, tmp_path / "saved")
     assert "0.1234" not in (tmp_path / "saved" / "layerwise.json").read_text()
     assert load_saved(tmp_path / "saved").example.args[0].shape == (2, 8)
+
+
+def test_a_buffer_that_is_infinite_comes_back(tmp_path: Path) -> None:
+    model = residual()
+    model.module.register_buffer("bound", torch.tensor(torch.inf))  # no bound at all, as clamped quantizers have it
+    save_model(model, tmp_path / "saved")
+    again = load_saved(tmp_path / "saved", module=model.module)
+    assert again.module.get_buffer("bound") == torch.inf

@@ -22,14 +22,16 @@ _READERS: dict[str, Callable[[Path], dict[str, torch.Tensor]]] = {"zip": read_to
 _ARTIFACTS: dict[str, Callable[[Path], None]] = {"gguf": refuse_gguf, "onnx": refuse_onnx}
 
 
-def read_weights(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+def read_weights(path: str | os.PathLike[str], *, finite: bool = True) -> dict[str, torch.Tensor]:
     """All tensors of a weight file, a folder or an ``*.index.json`` with shards, by name, on the CPU; tied ones are one tensor.
 
+    `finite`: whether NaN and infinity are refused; a buffer may be meant so (a bound that does not bind).
     Raises `ModelFormatError` (LW-M40 to LW-M72) for a bad file, `NonFiniteWeights` LW-M53 for NaN or infinity, `CorruptRun`
     for a folder of ours that does not match its manifest, `UsageError` for a path that is not there.
     """
     tensors = dict(_each(Path(path)))
-    check_finite(tensors, source=str(Path(path).absolute()), code=NON_FINITE)
+    if finite:
+        check_finite(tensors, source=str(Path(path).absolute()), code=NON_FINITE)
     return tensors
 
 
