@@ -132,8 +132,9 @@ def export(
     model.see(given[0].to(model.device))
     with _moved_when_whole(path) as folder:
         written = exporter.write(model, folder / path.name, given, watched)
-        files = [f for f in folder.iterdir() if f.is_file()]
-        size, digest = sum(f.stat().st_size for f in files), sha256_file(folder / path.name)
+        made = folder / path.name
+        size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+        digest = sha256_file(made if made.is_file() else made / "manifest.json")  # which holds the sums of all others
     notes = list(written.notes)
     if written.figures and watched is given:
         notes.append("the data that quality was measured on is also what activations were watched on")
@@ -154,7 +155,18 @@ def _moved_when_whole(path: Path) -> Iterator[Path]:
         with disk_errors(path):
             for file in sorted(folder.iterdir(), key=lambda f: f.name == path.name):
                 sync(file)
-                os.replace(file, path.parent / file.name)
+                _put(file, path.parent / file.name)
             sync(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # what counts is the error that is on its way
+
+
+def _put(made: Path, place: Path) -> None:
+    """Moves a file or a folder to where an older one may be. An older folder goes first, as it cannot be replaced in one step;
+    raises `UsageError` LW-C08 for one that no export wrote.
+    """
+    if made.is_dir() and place.is_dir() and not place.is_symlink():
+        if not (place / "manifest.json").is_file():
+            raise UsageError("is a folder that no export wrote, and is not replaced.", place=str(place), code="LW-C08")
+        shutil.rmtree(place)
+    os.replace(made, place)

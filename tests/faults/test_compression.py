@@ -25,6 +25,7 @@ from layerwise.compress.int8_dynamic import Int8Dynamic
 from layerwise.compress.low_rank import LowRank
 from layerwise.compress.magnitude_pruning import MagnitudePruning
 from layerwise.compress.nm_pruning import NMPruning
+from layerwise.compress.structured_pruning import StructuredPruning
 from layerwise.compress.tva_conversion import TVAConversion
 from layerwise.compress.weight_only import WeightOnly
 from layerwise.data import Data
@@ -153,6 +154,15 @@ def heads_rolled(module: Any) -> None:
     query.weight.copy_(query.weight.roll(4, 0))
 
 
+def other_keys(module: Any) -> None:
+    """Those of the head that went, in the place of the last that stayed."""
+    dense: Any = model_of("bert").module.get_submodule("bert.encoder.layer.1.attention.self.key")
+    key = module.bert.encoder.layer[1].attention.self.key
+    heads = dense.weight.unflatten(0, (4, 8))
+    gone = next(h for h in heads if not any(torch.equal(h, left) for left in key.weight.unflatten(0, (3, 8))))
+    key.weight[-8:] = gone
+
+
 def louder(module: Any) -> None:
     attention = module.bert.encoder.layer[1].attention.self
     for part in (attention.query, attention.key):
@@ -186,6 +196,10 @@ FAULTS: dict[str, Fault] = {
     "a factored matrix without its bias": Fault(LowRank(), "residual", lambda m: m.blocks[1].up.second.bias.zero_(), CUT),
     "the wrong head's queries": Fault(TVAConversion(rank=4, feed_forward=False), "bert", heads_rolled, CUT),
     "queries and keys scaled": Fault(TVAConversion(rank=4, feed_forward=False), "bert", louder, CUT),
+    "the wrong head cut out of the keys": Fault(StructuredPruning(0.25, "head"), "bert", other_keys, CUT),
+    "a neuron's bias of another neuron": Fault(
+        StructuredPruning(0.25, "neuron"), "residual", lambda m: roll(m.blocks[1].up.bias), CUT
+    ),
     "a mask shifted by one": Fault(ZEROS, "residual", lambda m: roll(m.blocks[1].up.weight), SAID),
     "one weight too many kept": Fault(ZEROS, "residual", one_more_kept, SAID),
     "a group of four with three weights (2:4)": Fault(NMPruning(), "residual", one_more_kept, SAID),
