@@ -1,7 +1,8 @@
 """Weights in 4 and 3 bits on two real models: ``python benchmarks/compression_lowbit.py`` (``--quick``: one seed, stories260k).
 
 Rounding to nearest, GPTQ and mixed bits in equal bytes, on the same evaluation rows; what needs calibration data gets three draws
-of it. The data lie where ``LAYERWISE_DATA`` points: ``stories260k``, ``tinystories_sample``, ``sst2``.
+of it. What is measured lies in ``runs/lowbit.jsonl`` and is not measured again (``--fresh``: all is; ``--collect``: write the
+results that there are). The data lie where ``LAYERWISE_DATA`` points: ``stories260k``, ``tinystories_sample``, ``sst2``.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from layerwise.supplies import Supplies
 from layerwise.task import Fidelity
 from layerwise.tensors import byte_size
 
+DONE = Path(__file__).resolve().parents[1] / "runs" / "lowbit.jsonl"
 RESULTS = Path(__file__).resolve().parent / "results" / "compression_lowbit.json"
 COMMAND = "python benchmarks/compression_lowbit.py"
 SEEDS = (0, 1, 2)
@@ -85,41 +87,77 @@ def minilm_sst2() -> Subject:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one seed and the small model; writes no results")
-    quick = parser.parse_args().quick
+    parser.add_argument("--fresh", action="store_true", help="measure again what was measured")
+    parser.add_argument("--collect", action="store_true", help="measure nothing: write the results that there are")
+    chosen = parser.parse_args()
     torch.set_num_threads(1)
-    seeds = SEEDS[:1] if quick else SEEDS
-    rows = [row for open_ in ((stories260k,) if quick else (stories260k, minilm_sst2)) for row in judged(open_(), seeds)]
+    if chosen.quick:
+        print(section({"rows": list(judged(stories260k(), SEEDS[:1], set()))}))
+        return
+    if chosen.fresh:
+        DONE.unlink(missing_ok=True)
+    for open_ in () if chosen.collect else (stories260k, minilm_sst2):
+        for row in judged(open_(), SEEDS, {key(known) for known in rows_done()}):
+            DONE.parent.mkdir(exist_ok=True)
+            with DONE.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
     result = {
         "command": COMMAND,
         "device": describe(torch.device("cpu")),
         "threads": 1,
         "versions": {name: version(name) for name in ("torch", "transformers", "scipy")},
-        "seeds": list(seeds),
-        "rows": rows,
+        "seeds": list(SEEDS),
+        "rows": rows_done(),
     }
-    if not quick:
-        write_atomic(RESULTS, json.dumps(result, indent=1) + "\n")
+    write_atomic(RESULTS, json.dumps(result, indent=1) + "\n")
     print(section(result))
 
 
-def judged(subject: Subject, seeds: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """A row for the model as it was, and one for each method, number of bits and draw of calibration data."""
+def rows_done() -> list[dict[str, Any]]:
+    """What was measured so far."""
+    return [json.loads(line) for line in DONE.read_text(encoding="utf-8").splitlines()] if DONE.exists() else []
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["subject"], row["method"], row["bits"], row.get("seed")
+
+
+def judged(subject: Subject, seeds: tuple[int, ...], done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    """A row for the model as it was, and one for each method, number of bits and draw of calibration data not yet `done`."""
     names = [layer.name for layer in subject.model.layers if not WeightOnly().treats(layer)]
     wanted = list(subject.evaluation)
     references = [subject.model.predict(batch) for batch in wanted]
-    yield told({"subject": subject.name, "method": "none", "bits": 32} | figures(subject.model, wanted, references))
+    if (subject.name, "none", 32, None) not in done:
+        yield told({"subject": subject.name, "method": "none", "bits": 32} | figures(subject.model, wanted, references))
     for bits in BITS:
-        yield told(made(subject, WeightOnly(bits), names, None, wanted, references))
+        if (subject.name, "to nearest", bits, None) not in done:
+            yield told(made(subject, WeightOnly(bits), names, None, wanted, references))
         for seed in seeds:
-            mixed = MixedPrecision(bits, corrected=False, samples=CALIBRATION)
-            mixed = mixed.fitted(subject.model, names, Supplies(calibration=subject.calibration(seed)))
-            for method in (
-                Gptq(bits, samples=CALIBRATION),
-                Gptq(bits, order=False, samples=CALIBRATION),
-                mixed,
-                replace(mixed, corrected=True),
-            ):
-                yield told(made(subject, method, names, seed, wanted, references))
+            left = [m for m in contenders(bits) if (subject.name, label(m), bits, seed) not in done]
+            yield from (
+                told(made(subject, method, names, seed, wanted, references)) for method in fitted(subject, left, names, seed)
+            )
+
+
+def contenders(bits: int) -> list[CompressionMethod]:
+    mixed = MixedPrecision(bits, corrected=False, samples=CALIBRATION)
+    return [
+        Gptq(bits, samples=CALIBRATION),
+        Gptq(bits, order=False, samples=CALIBRATION),
+        mixed,
+        replace(mixed, corrected=True),
+    ]
+
+
+def fitted(subject: Subject, methods: list[CompressionMethod], names: list[str], seed: int) -> Iterator[CompressionMethod]:
+    """The methods; bits are chosen once for both that mix them."""
+    chosen: dict[str, int] = {}
+    for method in methods:
+        if isinstance(method, MixedPrecision):
+            supplies = Supplies(calibration=subject.calibration(seed))
+            method = replace(method, chosen=chosen).fitted(subject.model, names, supplies)
+            chosen = dict(method.chosen)
+        yield method
 
 
 def made(
@@ -180,18 +218,32 @@ def section(result: dict[str, Any]) -> str:
     ]
     for subject in dict.fromkeys(row["subject"] for row in result["rows"]):
         parts += [f"**{subject}**", *_table([r for r in result["rows"] if r["subject"] == subject])]
-    return "\n\n".join([*parts, _verdict(result["rows"])])
+    return "\n\n".join([*parts, _verdict(result["rows"]), *_missing(result)])
+
+
+def _missing(result: dict[str, Any]) -> Iterator[str]:
+    """What was not measured, if anything."""
+    done = {key(row) for row in result["rows"]}
+    for name in dict.fromkeys(row["subject"] for row in result["rows"]):
+        wanted = [(name, label(m), bits, seed) for bits in BITS for seed in result.get("seeds", ()) for m in contenders(bits)]
+        if left := [
+            f"{bits} bits, {method}, draw {seed}" for _, method, bits, seed in wanted if (_, method, bits, seed) not in done
+        ]:
+            yield f"Not measured yet for {name}: {'; '.join(left)}. The command goes on there."
 
 
 def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
     quality = "accuracy" if "accuracy" in rows[0]["metrics"] and "perplexity" not in rows[0]["metrics"] else "perplexity"
-    lines = [f"| bits | rounded | divergence | {quality} | bytes of the blocks | the file |", "|---|---|---|---|---|---|"]
+    lines = [
+        f"| bits | rounded | draws | divergence | {quality} | bytes of the blocks | the file |",
+        "|---|---|---|---|---|---|---|",
+    ]
     whole = rows[0]
     for bits, method in dict.fromkeys((r["bits"], r["method"]) for r in rows):
         own = [r for r in rows if (r["bits"], r["method"]) == (bits, method)]
         damage, metric = (_spread(v, 4) for v in ([r["divergence"] for r in own], [r["metrics"][quality] for r in own]))
         sizes = f"{_share(own, whole, 'layer_bytes')} | {_share(own, whole, 'file')}"
-        lines.append(f"| {bits} | {method} | {damage} | {metric} | {sizes} |")
+        lines.append(f"| {bits} | {method} | {len(own)} | {damage} | {metric} | {sizes} |")
     yield "\n".join(lines)
 
 
