@@ -139,7 +139,7 @@ class Table:
         for action in pairs:
             first, second = label_of(action.methods[0]), label_of(action.methods[1])
             for row in self.entries.values():
-                if first in row and second in row:
+                if first in row and second in row and row[first].params:  # of what is gone nothing can be stored
                     row[action.label] = _pair(row[KEEP], row[first], row[second], action.label)
                     self.actions[action.label] = action
 

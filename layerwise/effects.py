@@ -11,20 +11,25 @@ The work is counted in *forward equivalents*: calls of blocks over those of one 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from layerwise.blocks import Blocks, installed
+from layerwise import trees
+from layerwise.blocks import Blocks, build_each, installed
 from layerwise.counts import Counts
 from layerwise.data import Batch, Data
 from layerwise.errors import LayerwiseError
 from layerwise.evaluation import Evaluation
+from layerwise.method import Applied, CompressionMethod, apply_plan
 from layerwise.model import UniversalModel
 from layerwise.patching import Replacement
+from layerwise.plan import CompressionPlan
 from layerwise.replay import Replay
+from layerwise.supplies import Supplies
 from layerwise.task import task_named
 from layerwise.tensors import byte_size
 
@@ -93,15 +98,40 @@ class Meter:
         """The first `share` of the samples."""
         return self.data if share >= 1 else self.data.head(max(round(share * self.samples), 1))
 
-    def served(self, data: Data) -> Data:
-        """The same data, each batch of which counts as a forward when it is taken: what calibration costs."""
+    def build(
+        self, methods: Sequence[CompressionMethod], layers: Sequence[str], supplies: Supplies
+    ) -> tuple[dict[str, nn.Module], dict[str, str]]:
+        """`build_each` on the model, its forwards counted."""
+        with self._counting() as clean:
+            built, failed = build_each(self.model, methods, layers, supplies)
+            for block in built.values():
+                clean(block)
+        return built, failed
 
-        def taken(raw: Any) -> Batch:
-            batch = data.collate(raw)
-            self.spent += batch.size / self.samples
-            return batch
+    def carry_out(self, plan: CompressionPlan, supplies: Supplies) -> Applied:
+        """`apply_plan` on the model, its forwards counted."""
+        with self._counting() as clean:
+            applied = apply_plan(self.model, plan, supplies)
+            clean(applied.model.module)
+        return applied
 
-        return replace(data, collate=taken)
+    @contextmanager
+    def _counting(self) -> Iterator[Callable[[nn.Module], None]]:
+        """Inside, blocks and their copies count the samples that pass them; gives what stops the copies."""
+        count = _Count(self)
+        handles = [layer.module.register_forward_pre_hook(count, with_kwargs=True) for layer in self.model.layers]
+
+        def clean(module: nn.Module) -> None:
+            for m in module.modules():
+                for key in [key for key, hook in m._forward_pre_hooks.items() if hook is count]:
+                    del m._forward_pre_hooks[key]
+                    m._forward_pre_hooks_with_kwargs.pop(key, None)
+
+        try:
+            yield clean
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _replacements(self, change: Blocks, replay: Replay) -> dict[int, Replacement]:
         def swap(block: nn.Module) -> Replacement:
@@ -121,6 +151,20 @@ class Meter:
         if share >= 1 and number not in self.references and output.nbytes <= room:
             self.references[number] = output
         return output
+
+
+class _Count:
+    """A hook that copies of a module share."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def __deepcopy__(self, memo: Any) -> _Count:
+        return self
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        samples = next((t.shape[0] for _, t in trees.tensors((args, kwargs)) if t.dim()), 1)
+        self.meter.spent += samples / (self.meter.calls * self.meter.samples)
 
 
 @dataclass

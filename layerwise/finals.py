@@ -10,7 +10,6 @@ from typing import Any
 from layerwise.effects import Meter
 from layerwise.errors import LayerwiseError, TargetMissed
 from layerwise.measure import costs, evaluate, latency
-from layerwise.method import apply_plan
 from layerwise.plan import Candidate, CompressionPlan, Step
 from layerwise.supplies import Supplies
 from layerwise.target import Target
@@ -59,7 +58,7 @@ class Finals:
     def _measured(self, steps: tuple[Step, ...]) -> Measured:
         model = self.meter.model
         try:
-            applied = apply_plan(model, CompressionPlan(steps), self.supplies)
+            applied = self.meter.carry_out(CompressionPlan(steps), self.supplies)
         except LayerwiseError as failed:
             return Measured(steps, steps, {}, math.inf, math.inf, math.nan, str(failed))
         effect = self.meter.compared(applied.model)
@@ -82,7 +81,7 @@ class Finals:
         return total
 
     def plan(self, measured: Sequence[Measured], evidence: Mapping[str, Any]) -> CompressionPlan:
-        """The plan of the least damage among those that meet the targets; of those within its error the cheapest.
+        """The plan of the least damage among those that meet the targets; of equal ones the cheapest.
 
         Raises `TargetMissed` (LW-T01) where none does.
         """
@@ -93,9 +92,7 @@ class Finals:
         feasible = [m for m in ran if m.feasible]
         if not feasible:
             raise self.refused(ran)
-        best = min(feasible, key=lambda m: m.damage)
-        as_good = [m for m in feasible if m.damage <= best.damage + best.error and not self._worse(m, best)]
-        chosen = min(as_good, key=lambda m: (m.figures["macs"], m.figures["size"], m.damage))
+        chosen = min(feasible, key=lambda m: (m.damage, m.figures["macs"], m.figures["size"]))
         return CompressionPlan(
             steps=(*chosen.steps, *self.recovery),
             model=self.meter.model.fingerprint,
@@ -107,13 +104,6 @@ class Finals:
             notes=tuple(dict.fromkeys(self.notes)),
             evidence=evidence,
         )
-
-    def _worse(self, one: Measured, other: Measured) -> bool:
-        """Whether the task's quality of `one` is below that of `other`."""
-        task = self.meter.model.task
-        assert task is not None  # settled by the meter
-        a, b = one.figures[task.quality], other.figures[task.quality]
-        return a < b if task.higher_is_better else a > b
 
     def refused(self, ran: Sequence[Measured]) -> TargetMissed:
         """The error that names the nearest candidate, and for each target what can be reached while the others are kept."""

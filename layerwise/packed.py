@@ -74,6 +74,12 @@ class PackedWeight(Tensor):
         weight = matrix.T if self.turned else matrix
         return weight.reshape(self.shape).to(self.dtype, memory_format=torch.contiguous_format)
 
+    def rows(self, index: Tensor) -> Tensor:
+        """The values of these rows of a matrix that is not turned, (rows, columns)."""
+        levels = self.levels()
+        codes = unpack(self.codes[index], self.grid.bits, self.columns)
+        return self.grid.values(codes, Levels(levels.scale[index], levels.zero[index])).to(self.dtype)
+
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         names = ["codes", "scale"] if self.zeros is None else ["codes", "scale", "zeros"]
         return names, (self.grid, self.turned, self.shape, self.dtype)
@@ -96,6 +102,9 @@ class PackedWeight(Tensor):
             raise UsageError(
                 f"{func._schema.name} would write into a packed weight.", remedy="Change the model before it is packed."
             )
+        if func is aten.embedding.default and isinstance(args[0], PackedWeight) and not args[0].turned:
+            used, places = args[1].unique(return_inverse=True)  # a table is large, and few of its rows are looked up
+            return args[0].rows(used)[places]
         args, kwargs = tree_map(lambda x: x.dequantize() if isinstance(x, PackedWeight) else x, (args, kwargs))
         return func(*args, **kwargs)
 

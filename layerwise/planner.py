@@ -6,7 +6,7 @@
    important are left out first. Each start is measured whole.
 3. The best start is improved by measured swaps (`layerwise.search`).
 4. It and its rivals, at this and at neighbouring budgets, are carried out for real and measured on the data: the Pareto set.
-   Of those that meet every target the one with the least damage wins; within its error the cheapest.
+   Of those that meet every target the one with the least damage wins; of equal ones the cheapest.
 
 A budget that nothing meets is refused with the nearest candidate's figures and the nearest budget that can be met.
 """
@@ -92,7 +92,7 @@ class Planner:
         self.timed = timed
         self.meter = Meter(self.model, self.data)
         few = self.calibration or self.data.head(min(CALIBRATION[0], -(-self.meter.samples // CALIBRATION[1])))
-        self.supplies = Supplies(calibration=self.meter.served(few), teacher=self.model)
+        self.supplies = Supplies(calibration=few, teacher=self.model)
         self.before, self.stderr = self._before(timed, {t.metric for t in targets})
         self._check_targets(targets)
         menu = Menu.of(self.methods)

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from layerwise.actions import KEEP, Assignment, Entry, Table
-from layerwise.blocks import build_each, bytes_of
+from layerwise.blocks import bytes_of
 from layerwise.effects import Effect, Meter
 from layerwise.solve import kept, solve
 from layerwise.supplies import Supplies
@@ -164,7 +164,7 @@ class Search:
             return copy.copy(
                 self.meter.model.layer(layer).module
             )  # another object, so that what is patched onto that one is not run
-        built, _ = build_each(self.meter.model, self.table.actions[label].methods, [layer], self.supplies)
+        built, _ = self.meter.build(self.table.actions[label].methods, [layer], self.supplies)
         if layer not in built:
             self.table.entries[layer].pop(label)
             return None
@@ -179,7 +179,7 @@ class Search:
             if label != KEEP and layer not in blocks:
                 wanted.setdefault(label, []).append(layer)
         for label, layers in wanted.items():
-            built, failed = build_each(self.meter.model, self.table.actions[label].methods, layers, self.supplies)
+            built, failed = self.meter.build(self.table.actions[label].methods, layers, self.supplies)
             for layer in {*failed, *(name for name in layers if name not in built)}:
                 self.table.entries[layer].pop(label)  # whoever asks again gets another choice
             if failed or len(built) < len(layers):

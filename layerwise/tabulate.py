@@ -15,7 +15,7 @@ from torch import nn
 
 from layerwise.actions import KEEP, Action, Entry, Menu, Table
 from layerwise.blockcosts import arguments_of, block_costs, rest_of, time_blocks
-from layerwise.blocks import Blocks, build_each, bytes_of
+from layerwise.blocks import bytes_of
 from layerwise.effects import Effect, Meter
 from layerwise.errors import MissingDependency, TargetMissed
 from layerwise.structure import Layer
@@ -83,7 +83,7 @@ class Tabulator:
             self.notes.append(str(error))
 
     def _group(self, action: Action, group: Sequence[Layer], share: float) -> Iterator[Entry]:
-        built, failed = build_each(self.meter.model, action.methods, [x.name for x in group], self.supplies)
+        built, failed = self.meter.build(action.methods, [x.name for x in group], self.supplies)
         self.peak = max(self.peak, bytes_of(built))
         names = list(built)
         effects = self.meter.effects({}, [{name: built[name]} for name in names], share)
@@ -111,7 +111,7 @@ class Tabulator:
         """Whether nobody would want this unasked: one block of it takes `TOO_SLOW` times as long on this device."""
         if not self.slow_is_out or action.cuts or layer.name not in self.timing:
             return False
-        built, _ = build_each(self.meter.model, action.methods, [layer.name], self.supplies)
+        built, _ = self.meter.build(action.methods, [layer.name], self.supplies)
         if layer.name not in built:
             return False
         before, after = time_blocks(layer.module, built[layer.name], self.timing[layer.name], repeats=3)
@@ -150,4 +150,4 @@ def check_any(table: Table, menu: Menu, model: str) -> None:
         )
 
 
-__all__ = ["TOO_SLOW", "Blocks", "Tabulator", "check_any", "left_out"]
+__all__ = ["TOO_SLOW", "Tabulator", "check_any", "left_out"]

@@ -8,7 +8,7 @@ from layerwise.actions import Menu, Table, label_of, stage
 from layerwise.effects import Effect, Meter
 from layerwise.errors import LayerwiseError
 from layerwise.measure import time_paired
-from layerwise.method import CompressionMethod, apply_plan, step_of
+from layerwise.method import CompressionMethod, step_of
 from layerwise.plan import CompressionPlan
 from layerwise.supplies import Supplies
 from layerwise.tabulate import TOO_SLOW, left_out
@@ -61,7 +61,9 @@ def _measured(method: CompressionMethod, meter: Meter, supplies: Supplies, notes
     treated = [x.name for x in model.layers if not method.treats(x)]
     if not treated:
         return None
-    changed = apply_plan(model, CompressionPlan((step_of(method, treated),)), supplies).model
+    changed = meter.carry_out(CompressionPlan((step_of(method, treated),)), supplies).model
+    if byte_size(changed.module) >= byte_size(model.module):
+        return None  # nothing here that it could treat
     if slow_is_out:
         before, after = time_paired([model, changed], meter.data[0], repeats=3)
         if after.median > TOO_SLOW * before.median:
