@@ -27,10 +27,11 @@ from layerwise.compress.drop_layers import DropLayers
 from layerwise.compress.half_precision import HalfPrecision
 from layerwise.compress.low_rank import LowRank
 from layerwise.compress.packed_embeddings import PackedEmbeddings
+from layerwise.compress.structured_pruning import StructuredPruning
 from layerwise.compress.weight_only import WeightOnly
 from layerwise.data import Data
 from layerwise.errors import LayerwiseError
-from layerwise.method import METHODS, CompressionMethod, apply_plan
+from layerwise.method import CompressionMethod, apply_plan
 from layerwise.model import UniversalModel
 from layerwise.plan import CompressionPlan, Step
 from layerwise.planner import Planner
@@ -55,7 +56,7 @@ METRIC = {"classification": "accuracy", "language_modelling": "loss"}
 def menu() -> list[CompressionMethod]:
     bits = [WeightOnly(8), WeightOnly(4), WeightOnly(3), WeightOnly(2)]
     cuts = [LowRank(0.75), LowRank(0.5), LowRank(0.25)]
-    sliced = list(METHODS["structured_pruning"].variants()) if "structured_pruning" in METHODS else []
+    sliced = [StructuredPruning(0.25), StructuredPruning(0.5)]
     return [DropLayers(), *bits, *cuts, *sliced, HalfPrecision("bfloat16"), PackedEmbeddings(8), PackedEmbeddings(4)]
 
 
@@ -244,15 +245,15 @@ def section(result: dict[str, Any]) -> str:
     text = [
         "At the same budget of bytes, with the same menu, the same planning samples and no tuning afterwards: does the planner's"
         " choice do better on test samples than the best uniform choice, a random one and dropping the last layers? Accuracy in"
-        " percent, loss per token for stories260k, means over seeds; ± is two standard errors of the paired difference from the best"
-        " rival.",
+        " percent, loss per token for stories260k, means over seeds; ± is two standard errors of the paired difference from the"
+        " best rival.",
         "",
         "| subject | size ≤ | unchanged | planner | uniform | random | last-k | planner − best rival |",
         "|---|---|---|---|---|---|---|---|",
         *(_cell_line(c) for c in cells),
         "",
-        f"Better than every rival in {won} of {len(played)} cells ({won / max(len(played), 1):.0%}; asked: 80 %), worse beyond the"
-        f" noise in {len(lost)}{': ' + '; '.join(c['subject'] + ' at ' + c['budget'] for c in lost) if lost else ''}.",
+        f"Better than every rival in {won} of {len(played)} cells ({won / max(len(played), 1):.0%}; asked: 80 %), worse beyond"
+        f" the noise in {len(lost)}{': ' + '; '.join(c['subject'] + ' at ' + c['budget'] for c in lost) if lost else ''}.",
         f"Menu: {', '.join(result['menu'])}. A dash: no choice of that kind meets the budget.",
     ]
     return "\n".join(text)
