@@ -61,12 +61,12 @@ class Menu:
 
     @classmethod
     def of(cls, methods: Sequence[CompressionMethod | str] | str) -> Menu:
-        """`methods`: ``auto`` (every registered one that shrinks something and does not train), names, or instances.
+        """`methods`: ``auto`` (every registered one that shrinks something without training or calibration), names, or instances.
 
         A name stands for all its variants. Methods that train are no choice for a layer and are left out with a note.
         """
         automatic = methods == "auto"
-        named = [name for name, m in METHODS.items() if m.shrinks] if automatic else methods
+        named = [name for name, m in METHODS.items() if m.shrinks and not m.needs] if automatic else methods
         listed = [named] if isinstance(named, str) else list(named)
         found = [m for entry in listed for m in (METHODS[entry].variants() if isinstance(entry, str) else [entry])]
         trained = [m.name for m in found if m.trains and not automatic]

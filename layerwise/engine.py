@@ -24,7 +24,7 @@ from layerwise.measure import compare
 from layerwise.method import CompressionMethod, apply_plan
 from layerwise.model import UniversalModel
 from layerwise.observe import Observation, Progress, observe
-from layerwise.plan import CompressionPlan
+from layerwise.plan import CompressionPlan, asks_energy
 from layerwise.planner import Planner
 from layerwise.proofs import BATCHES, judged, prove
 from layerwise.result import CompressionResult, Proof
@@ -162,7 +162,7 @@ def compress(
     applied = apply_plan(
         original, plan, supplies, watch=lambda old, new, step: steps.append(judged(old, new, step, seen, supplies))
     )
-    before, after = compare(original, applied.model, batches, progress=progress)
+    before, after = compare(original, applied.model, batches, joules=asks_energy(plan), progress=progress)
     proofs = prove(original, applied.model, applied.plan, batches, before=before, after=after, steps=steps)
     about = {
         "name": original.name,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from layerwise.effects import Meter
+from layerwise.energy import energy
 from layerwise.errors import LayerwiseError, TargetMissed
 from layerwise.measure import costs, evaluate, latency
 from layerwise.plan import Candidate, CompressionPlan, Step
@@ -63,10 +64,12 @@ class Finals:
             return Measured(steps, steps, {}, math.inf, math.inf, math.nan, str(failed))
         effect = self.meter.compared(applied.model)
         figures = costs(applied.model) | dict(effect.figures)
-        if model.task is not None and self.before.keys() - figures.keys() - {"latency"}:  # what the model must act for
+        if model.task is not None and self.before.keys() - figures.keys() - {"latency", "energy"}:  # what the model must act for
             figures |= evaluate(applied.model, self.meter.data, reference=model).means()
         if "latency" in self.before:
             figures["latency"] = latency(applied.model, self.meter.data[0])
+        if "energy" in self.before:
+            figures["energy"] = energy(applied.model, self.meter.data[0])
         violation = math.inf if effect.failure else self.violation(figures)
         error = effect.stderr if math.isfinite(effect.stderr) else 0.0
         return Measured(steps, applied.plan.steps, figures, violation, effect.damage, error, effect.failure)

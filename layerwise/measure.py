@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
 
 from layerwise.data import Batch, Data
+from layerwise.energy import energy
 from layerwise.errors import UsageError
 from layerwise.evaluation import Evaluation
 from layerwise.model import UniversalModel
@@ -52,13 +53,25 @@ def measure(
 
 
 def compare(
-    before: UniversalModel, after: UniversalModel, data: Data, *, latency_batches: int = 20, progress: Progress | None = None
+    before: UniversalModel,
+    after: UniversalModel,
+    data: Data,
+    *,
+    latency_batches: int = 20,
+    joules: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[Measurement, Measurement]:
-    """Both models on the same data and device, timed alternately. Raises `UsageError` when they are on different devices."""
+    """Both models on the same data and device, timed alternately; their energy too where `joules` are asked for.
+
+    Raises `UsageError` when they are on different devices, or (LW-C17) where energy cannot be measured.
+    """
     if before.device != after.device:
         raise UsageError(f"Models on {before.device} and {after.device} cannot be compared.", remedy="Move both to one device.")
     times = time_paired([before, after], data[0], repeats=latency_batches)
-    return (_measured(before, data, before, times[0], progress), _measured(after, data, before, times[1], progress))
+    found = (_measured(before, data, before, times[0], progress), _measured(after, data, before, times[1], progress))
+    if not joules:
+        return found
+    return (replace(found[0], energy=energy(before, data[0])), replace(found[1], energy=energy(after, data[0])))
 
 
 def costs(model: UniversalModel) -> dict[str, float]:

@@ -21,6 +21,7 @@ from typing import Any
 from layerwise.actions import KEEP, Menu, Table
 from layerwise.data import Data
 from layerwise.effects import Meter
+from layerwise.energy import energy
 from layerwise.errors import UsageError, nearest
 from layerwise.finals import Finals, Measured
 from layerwise.importance import ImportanceReport
@@ -59,7 +60,7 @@ class Planner:
     progress: Progress | None = None
     calibration: Data | None = None
     recovery: Sequence[CompressionMethod] = ()
-    forwards: float = 100.0
+    forwards: float = 60.0
     notes: list[str] = field(default_factory=list)
     timed: bool = False  # whether the table knows latencies
     peak: int = 0  # the most bytes of changed blocks that were held at once beside the model
@@ -110,6 +111,8 @@ class Planner:
         figures = costs(self.model) | whole.means()
         if timed:
             figures["latency"] = latency(self.model, self.data[0])
+        if "energy" in asked:
+            figures["energy"] = energy(self.model, self.data[0])
         return figures, whole.stderr()
 
     def _check_report(self) -> None:
@@ -166,8 +169,10 @@ class _Budget:
         """Cost → limit, the tightest where there are several."""
         found: dict[str, float] = {}
         for target in self.targets:
-            if target.metric in COSTS and target.metric != "energy":
+            if target.metric in COSTS:
                 limit = target.limit(self.before[target.metric])
+                if target.metric == "energy":  # no block has a counter of its own: energy is taken to fall as time does
+                    target, limit = Target("latency", "<=", 0.0, False), limit / self.before["energy"] * self.before["latency"]
                 found[target.metric] = min(limit, found.get(target.metric, limit))
         return found
 

@@ -27,7 +27,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.measure import compare
 from layerwise.method import Check, CompressionMethod, apply_step_, method_of
 from layerwise.model import UniversalModel
-from layerwise.plan import CompressionPlan, Step
+from layerwise.plan import CompressionPlan, Step, asks_energy
 from layerwise.reload_check import Reload, reload_in_fresh_process
 from layerwise.result import Measurement, Proof
 from layerwise.saved import load_saved, save_model, unfolded
@@ -60,7 +60,7 @@ def prove(
     proofs = list(equivalence(original, compressed, plan, batches, supplies) if steps is None else steps)
     try:
         if before is None or after is None:
-            before, after = compare(original, compressed, data)
+            before, after = compare(original, compressed, data, joules=asks_energy(plan))
         proofs.append(shrinkage(plan, before, after))
     except LayerwiseError as error:  # a result that does not run
         proofs.append(Proof("shrinkage", False, f"it cannot be measured: {error}"))

@@ -34,10 +34,13 @@ class Measurement:
     stderr: Mapping[str, float]
     samples: int
     device: str
+    energy: float | None = None  # joules per batch, where it was asked for and the machine has counters
 
     def figures(self) -> dict[str, float]:
         """Every figure a `Target` can speak of, by its name there."""
         costs = {"params": self.params, "size": self.size, "macs": self.macs, "latency": self.latency}
+        if self.energy is not None:
+            costs["energy"] = self.energy
         return {name: float(v) for name, v in costs.items()} | dict(self.metrics)
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,9 +10,22 @@ from layerwise.errors import UsageError, nearest
 from layerwise.metric import METRICS
 
 # Metric → the unit a plain number is in. "x" after the number means: times the uncompressed model's figure.
-COSTS = {"size": "bytes", "params": "", "macs": "", "latency": "ms"}
+COSTS = {"size": "bytes", "params": "", "macs": "", "latency": "ms", "energy": "J"}
 QUALITIES = {name: metric.unit for name, metric in METRICS.items()}
-SCALES = {"": 1.0, "k": 1e3, "kb": 1e3, "m": 1e6, "mb": 1e6, "g": 1e9, "gb": 1e9, "ms": 1.0, "s": 1e3, "%": 0.01}
+SCALES = {
+    "": 1.0,
+    "k": 1e3,
+    "kb": 1e3,
+    "m": 1e6,
+    "mb": 1e6,
+    "g": 1e9,
+    "gb": 1e9,
+    "ms": 1.0,
+    "s": 1e3,
+    "j": 1.0,
+    "mj": 1e-3,
+    "%": 0.01,
+}
 PATTERN = re.compile(r"\s*([a-z_0-9]+)\s*(<=|>=)\s*([0-9.eE+-]+)\s*([a-zA-Z%]*)\s*")
 
 
@@ -51,7 +64,7 @@ class Target:
 
     @property
     def is_cost(self) -> bool:
-        """Whether this bounds what the model costs (size, params, macs, latency) and not how good it is."""
+        """Whether this bounds what the model costs (size, params, macs, latency, energy) and not how good it is."""
         return self.metric in COSTS
 
     def limit(self, before: float) -> float:
