@@ -34,6 +34,7 @@ _HOMES = {
     "layerwise.architecture": ("ArchitectureDetector",),
     "layerwise.artifact": ("Artifact",),
     "layerwise.data": ("Batch", "Data"),
+    "layerwise.dynamic": ("DynamicCompressionStrategy",),
     "layerwise.enhanced": ("EnhancedAnalysisRegistry",),
     "layerwise.distillation": ("Distillation",),
     "layerwise.errors": ("LayerwiseError",),

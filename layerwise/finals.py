@@ -95,7 +95,10 @@ class Finals:
         feasible = [m for m in ran if m.feasible]
         if not feasible:
             raise self.refused(ran)
-        chosen = min(feasible, key=lambda m: (m.damage, m.figures["macs"], m.figures["size"]))
+        return self.plan_of(min(feasible, key=lambda m: (m.damage, m.figures["macs"], m.figures["size"])), ran, evidence)
+
+    def plan_of(self, chosen: Measured, ran: Sequence[Measured], evidence: Mapping[str, Any]) -> CompressionPlan:
+        """The plan that `chosen` was measured for, with all that `ran` as its candidates."""
         return CompressionPlan(
             steps=(*chosen.steps, *self.recovery),
             model=self.meter.model.fingerprint,

@@ -137,6 +137,12 @@ class CompressionPlan:
     def from_yaml(cls, text: str) -> CompressionPlan:
         return cls.from_dict(yaml.safe_load(text))
 
+    def to_format(self, name: str, about: Any = None) -> str:
+        """The plan for another tool, ``llama.cpp``, ``torchao``, ``llm-compressor`` or ``onnx``: see `layerwise.plan_formats`."""
+        from layerwise.plan_formats import to_format  # it stands on this module
+
+        return to_format(self, name, about)
+
     @classmethod
     def load(cls, path: str | Path) -> CompressionPlan:
         """Reads ``plan.yaml`` or ``plan.json``. Raises `ConfigError` naming the file."""

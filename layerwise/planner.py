@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from layerwise.actions import KEEP, Menu, Table
@@ -28,7 +28,7 @@ from layerwise.importance import ImportanceReport
 from layerwise.measure import costs, evaluate, latency
 from layerwise.method import CompressionMethod, step_of
 from layerwise.model import UniversalModel
-from layerwise.plan import CompressionPlan
+from layerwise.plan import CompressionPlan, Step
 from layerwise.search import Search, State
 from layerwise.solve import kept, smallest, solve
 from layerwise.supplies import Supplies
@@ -81,10 +81,17 @@ class Planner:
         choice = _Choice(self, budget, begun)
         measured, states = choice.candidates()
         self.peak = max(self.peak, choice.search.peak)
-        plan = choice.finals.plan(measured, self._evidence(choice, states))
+        plan = choice.finals.plan(measured, self.evidence(choice, states))
         if self.progress is not None:
             self.progress(round(self.forwards), round(self.forwards))
         return plan
+
+    def ladder(self, targets: Sequence[Target]) -> Ladder:
+        """Plans along the ratio of bytes, from the same table, judged by `targets`."""
+        self._check_report()
+        self._prepare(targets)
+        self._check_targets(targets)
+        return Ladder(_Choice(self, _Budget(targets, self.before, self.model.task), self.meter.spent))
 
     def _prepare(self, targets: Sequence[Target]) -> None:
         timed = any(t.metric in {"latency", "energy"} for t in targets)
@@ -145,7 +152,8 @@ class Planner:
             found.insert(0, [n for n in sorted(consensus.usable(), key=lambda n: consensus[n]) if n in names])
         return found
 
-    def _evidence(self, choice: _Choice, states: Sequence[State]) -> dict[str, Any]:
+    def evidence(self, choice: _Choice, states: Sequence[State]) -> dict[str, Any]:
+        """What a choice was made from, as plain data."""
         return {
             "forwards": round(self.meter.spent, 2),
             "peak_bytes": self.peak,
@@ -291,7 +299,7 @@ class _Choice:
             low, high = (low, middle) if met else (middle, high)
         return {"size": high}
 
-    def _steps(self, chosen: Mapping[str, str], whole: Whole) -> Any:
+    def _steps(self, chosen: Mapping[str, str], whole: Whole) -> tuple[Step, ...]:
         return self.planner.table.steps(self.planner.model, chosen, whole.methods)
 
     def _carried_out(self, whole: Whole, state: State, limits: Mapping[str, float]) -> Iterator[Measured]:
@@ -318,11 +326,54 @@ class _Choice:
             for m in limits
         }
         for factor in TIGHTER if met else (*LOOSER, 0.0):
-            eased = {m: max(limit * factor, best[m] * (1 + 1e-9)) for m, limit in limits.items() if m != "latency"}
-            options = [(w, chosen) for w in self.planner.wholes if (chosen := solve(w.on(self.planner.table), eased))]
-            if options:
-                whole, chosen = min(options, key=lambda o: o[0].on(self.planner.table).damage(o[1]) + o[0].effect.damage)
-                yield self.finals.measure(self._steps(chosen, whole))
+            steps = self.solved({m: max(limit * factor, best[m] * (1 + 1e-9)) for m, limit in limits.items() if m != "latency"})
+            if steps is not None:
+                yield self.finals.measure(steps)
+
+    def solved(self, limits: Mapping[str, float]) -> tuple[Step, ...] | None:
+        """The steps of the least damage that the table foretells within `limits`, on top of any of the whole-model methods."""
+        found: list[tuple[float, int, dict[str, str], Whole]] = []
+        for whole in self.planner.wholes:
+            table = whole.on(self.planner.table)
+            if chosen := solve(table, limits):
+                found.append((table.damage(chosen) + whole.effect.damage, len(found), chosen, whole))
+        if not found:
+            return None
+        *_, chosen, whole = min(found, key=lambda entry: entry[:2])
+        return self._steps(chosen, whole)
+
+
+class Ladder:
+    """The solver's choices at ratios of the bytes, carried out and measured as they are asked for."""
+
+    def __init__(self, choice: _Choice) -> None:
+        self.choice = choice
+        self.points: list[tuple[float, Measured]] = []
+        planner = choice.planner
+        self.size = planner.before["size"]
+        tables = [whole.on(planner.table) for whole in planner.wholes]
+        self.least = min(t.total(smallest(t, "size"), "size") for t in tables) / self.size
+
+    def at(self, ratio: float) -> Measured | None:
+        """The choice of the least damage with at most this share of the bytes; None where there is none."""
+        steps = self.choice.solved({"size": ratio * self.size})
+        if steps is None:
+            return None
+        measured = self.choice.finals.measure(steps)
+        if measured.failure:
+            return None
+        self.points.append((ratio, measured))
+        return measured
+
+    def keeps(self, measured: Measured, targets: Sequence[Target]) -> bool:
+        """Whether these of the targets are met."""
+        before = self.choice.planner.before
+        return all(t.met(before[t.metric], measured.figures[t.metric]) for t in targets)
+
+    def plan(self, measured: Measured, note: str) -> CompressionPlan:
+        """The plan of a measured point; the other points are its candidates."""
+        found = self.choice.finals.plan_of(measured, [m for _, m in self.points], self.choice.planner.evidence(self.choice, ()))
+        return replace(found, notes=(*found.notes, note))
 
 
 def _distinct(measured: Sequence[Measured]) -> list[Measured]:
