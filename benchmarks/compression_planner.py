@@ -257,6 +257,11 @@ def section(result: dict[str, Any]) -> str:
         f"Better than every rival in {won} of {len(played)} cells ({won / max(len(played), 1):.0%}; asked: 80 %), worse beyond"
         f" the noise in {len(lost)}{': ' + '; '.join(c['subject'] + ' at ' + c['budget'] for c in lost) if lost else ''}.",
         f"Menu: {', '.join(result['menu'])}. A dash: no choice of that kind meets the budget.",
+        *(
+            [f"Not yet run: {', '.join(missing)}."]
+            if (missing := [n for n in SUBJECTS_USED if n not in {c["subject"] for c in cells}])
+            else []
+        ),
     ]
     return "\n".join(text)
 
