@@ -244,6 +244,7 @@ def section(result: dict[str, Any]) -> str:
     played = [c for c in cells if c["outcome"] != "none"]
     won = sum(c["outcome"] == "better" for c in played)
     lost = [c for c in played if c["outcome"] == "worse"]
+    clear = sum(c["gain"] > c["noise"] for c in played)
     text = [
         "At the same budget of bytes, with the same menu, the same planning samples and no tuning afterwards: does the planner's"
         " choice do better on test samples than the best uniform choice, a random one and dropping the last layers? Accuracy in"
@@ -254,8 +255,10 @@ def section(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
         *(_cell_line(c) for c in cells),
         "",
-        f"Better than every rival in {won} of {len(played)} cells ({won / max(len(played), 1):.0%}; asked: 80 %), worse beyond"
-        f" the noise in {len(lost)}{': ' + '; '.join(c['subject'] + ' at ' + c['budget'] for c in lost) if lost else ''}.",
+        f"Ahead of every rival in {won} of {len(played)} cells ({won / max(len(played), 1):.0%}; asked: 80 %), by more than the"
+        f" noise in {clear}; behind by more than the noise in {len(lost)}"
+        f"{': ' + '; '.join(c['subject'] + ' at ' + c['budget'] for c in lost) if lost else ''}. Where the quality is equal, the"
+        " smaller divergence from the unchanged model counts as ahead.",
         f"Menu: {', '.join(result['menu'])}. A dash: no choice of that kind meets the budget.",
         *(
             [f"Not yet run: {', '.join(missing)}."]
