@@ -28,10 +28,20 @@ Calibration = Annotated[
     typer.Option("--calibration", metavar="DATA", help="With --quantize: watch activations on this data.", show_default=False),
 ]
 
+Split = Annotated[
+    str | None, typer.Option("--calibration-split", help="Which part of --calibration, such as train.", show_default=False)
+]
+
 
 @verb(*KEYS, "timeout", "force", needs=("model", "out"))
 def command(
-    config: RunConfig, screen: Screen, *, quantize: Quantize = None, keep: Keep = None, calibration: Calibration = None
+    config: RunConfig,
+    screen: Screen,
+    *,
+    quantize: Quantize = None,
+    keep: Keep = None,
+    calibration: Calibration = None,
+    calibration_split: Split = None,
 ) -> None:
     """The suffix of --out names the format. MODEL may be a folder that `compress` or `run` saved."""
     from layerwise import engine, run
@@ -41,11 +51,13 @@ def command(
     if calibration is not None and not quantize:
         what = "Only with --quantize are activations watched."
         raise UsageError(what, place="--calibration", remedy="Add --quantize auto.", code="LW-C03")
-    out = checks.output(config.out, checked(config), force=config.force)
+    source = checks.local_path(calibration)
+    sources = [*checked(config), *([checks.readable(source, "--calibration", kind="any")] if source else [])]
+    out = checks.output(config.out, sources, force=config.force)
     exporter_for(out, settings)  # before anything is loaded
     model = open_model(config, screen)
     data = open_data(config, model, screen)
-    watched = run.open_data(config, model, calibration, config.split, config.limit) if calibration else None
+    watched = run.open_data(config, model, calibration, calibration_split, config.limit) if calibration else None
     with screen.progress("Exporting"):
         artifact = engine.export(model, out, data, force=config.force, calibration=watched, **settings)
     screen.document(artifact.to_dict())

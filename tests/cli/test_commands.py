@@ -198,3 +198,20 @@ def test_every_command_has_help_and_the_common_flags(command: str, capsys: pytes
     for flag in ("--json", "--device", "--seed", "--out", "--debug", "--config"):
         assert flag in out
     assert " ".join(COMMANDS[command].split()) in " ".join(out.split())  # the list of commands and the command say the same
+
+
+def test_export_with_8_bit_nodes_shows_both_files_side_by_side(
+    base: list[str], project: Project, as_json: Json, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    eight = ["export", *base, "--quantize", "static", "--keep", "head", "--calibration", str(project.data)]
+    assert main([*eight, "--out", str(tmp_path / "a.onnx")]) == 0
+    shown = capsys.readouterr().out
+    assert "float32 and 8-bit in onnxruntime" in shown
+    assert "without the roundings the largest relative difference is" in shown
+    facts = as_json(*eight, "--out", str(tmp_path / "a.onnx"), "--force")
+    assert list(facts["figures"]["kept"]) == ["head/Gemm"]
+    for wrong in (["--quantize", "statik"], ["--keep", "head"], ["--calibration", str(project.data)]):
+        assert as_json("export", *base, *wrong, "--out", str(tmp_path / "b.onnx"), code=2)["exit"] == 2
+    missing = ["--quantize", "auto", "--calibration", str(tmp_path / "no.csv"), "--out", str(tmp_path / "b.onnx")]
+    assert as_json("export", *base, *missing, code=2)["error"]["code"] == "LW-C04"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]

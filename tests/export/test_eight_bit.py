@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
@@ -23,7 +24,7 @@ from layerwise.export import _eight_bit
 from layerwise.export import onnx as exporter
 from layerwise.export._inputs import Inputs
 from layerwise.export._parity import session
-from layerwise.export._quantize import Choice
+from layerwise.export._quantize import Choice, choose
 from layerwise.export.nodes import onnx_nodes
 from layerwise.method import METHODS, apply_plan, step_of
 from layerwise.model import UniversalModel
@@ -376,12 +377,17 @@ def test_a_static_file_computes_the_rounded_net_in_float64(tmp_path: Path) -> No
     assert (off > 0.01).mean() < 0.01
 
 
-def test_auto_follows_what_holds_the_weights(tmp_path: Path) -> None:
-    artifact = export(CASES["vit"].model(), tmp_path / "v.onnx", CASES["vit"].data(4), settings={"quantize": "auto"})
-    assert artifact.figures["quantize"] == "dynamic"
-    assert list(artifact.figures["kept"]) == ["patch_embed.proj/Conv"]
-    assert "blocks.0.attn.qkv/MatMul" in artifact.figures["nodes"]
-    assert not any("attn/MatMul" in name for name in artifact.figures["nodes"])  # queries by keys: no weight
+def test_auto_follows_what_holds_the_weights(static: Made) -> None:
+    assert choose(ir.load(static.reference).graph, "auto", "").mode == "static"
+    case = CASES["vit"]
+    model = case.model()
+    program, _ = exporter.exported(model, [case.batch(3)])
+    exporter.name_nodes(program.model, dict(model.module.named_modules()))
+    choice = choose(program.model.graph, "auto", "")
+    assert choice.mode == "dynamic"
+    assert list(choice.kept) == ["patch_embed.proj/Conv"]
+    assert "blocks.0.attn.qkv/MatMul" in choice.nodes
+    assert not any("attn/MatMul" in name for name in choice.nodes)  # queries by keys: no weight
 
 
 @pytest.mark.parametrize(
@@ -391,8 +397,6 @@ def test_auto_follows_what_holds_the_weights(tmp_path: Path) -> None:
         ({"quantise": "auto"}, UsageError, "Did you mean 'quantize'"),
         ({"keep": "stem"}, UsageError, "only with quantize"),
         ({"quantize": "auto", "keep": "stem("}, UsageError, "no regular expression"),
-        ({"quantize": "auto", "keep": "stemm"}, UsageError, "There are stem, blocks.0.up"),
-        ({"quantize": "auto", "keep": "."}, UserModelError, "No node is left"),
     ],
 )
 def test_wrong_settings(settings: dict[str, str], error: type[LayerwiseError], said: str, tmp_path: Path) -> None:
@@ -402,6 +406,16 @@ def test_wrong_settings(settings: dict[str, str], error: type[LayerwiseError], s
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("keep", "error", "said"),
+    [("stemm", UsageError, "There are stem, blocks.0.up"), (".", UserModelError, "No node is left to quantize: named to stay")],
+)
+def test_what_to_keep_must_leave_something(keep: str, error: type[LayerwiseError], said: str, dynamic: Made) -> None:
+    with pytest.raises(error) as caught:
+        choose(ir.load(dynamic.reference).graph, "auto", keep)
+    assert said in str(caught.value)
+
+
 def test_only_float32_models(tmp_path: Path) -> None:
     step = step_of(METHODS["half_precision"](dtype="bfloat16"), [])  # type: ignore[call-arg]  # each method has its own
     model = apply_plan(CASES["residual"].model(), CompressionPlan((step,))).model
@@ -409,18 +423,27 @@ def test_only_float32_models(tmp_path: Path) -> None:
         export(model, tmp_path / "a.onnx", CASES["residual"].data(4), settings={"quantize": "auto"})
 
 
-def test_a_plan_becomes_a_list_of_nodes(tmp_path: Path) -> None:
-    model, data = CASES["residual"].model(), CASES["residual"].data(4)
-    plain = export(model, tmp_path / "a.onnx", data)
+def test_a_plan_becomes_a_list_of_nodes(dynamic: Made) -> None:
+    path = dynamic.folder / "float-model.onnx"
     plan = CompressionPlan((step_of(METHODS["int8_dynamic"](), ["blocks.1"]), Step("x", ("blocks.3.up",), {"bits": 4})))
-    nodes = onnx_nodes(plan, plain.path)
+    nodes = onnx_nodes(plan, path)
     assert nodes.bits == {"blocks.1.up/Gemm": 8, "blocks.1.down/Gemm": 8, "blocks.3.up/Gemm": 4}
     assert nodes.quantize == tuple(nodes.bits)
     assert set(nodes.exclude) == {f"{m}/Gemm" for m in ("stem", "head", "blocks.3.down")} | {
         f"blocks.{i}.{part}/Gemm" for i in (0, 2) for part in ("up", "down")
     }
-    assert onnx_nodes({"blocks": 16, "blocks.2.up": 8}, plain.path).quantize == ("blocks.2.up/Gemm",)
-    again = export(model, tmp_path / "b.onnx", data, settings={"quantize": "static", "keep": nodes.keep})
-    assert set(again.figures["nodes"]) == set(nodes.quantize)
+    assert onnx_nodes({"blocks": 16, "blocks.2.up": 8}, path).quantize == ("blocks.2.up/Gemm",)
+    assert choose(ir.load(path).graph, "static", nodes.keep).nodes == nodes.quantize
+    mixed = Step("mixed_precision", ("blocks.0",), {"bits": 3.5, "chosen": {"blocks.0.up.weight": 3, "blocks.0.down.weight": 4}})
+    assert onnx_nodes(CompressionPlan((mixed,)), path).bits == {"blocks.0.up/Gemm": 3, "blocks.0.down/Gemm": 4}
     with pytest.raises(UsageError, match=r"No node of this file belongs to blocks\.7"):
-        onnx_nodes({"blocks.7": 8}, plain.path)
+        onnx_nodes({"blocks.7": 8}, path)
+
+
+def test_a_file_of_another_exporter_has_no_names_to_choose_by(dynamic: Made, tmp_path: Path) -> None:
+    model = onnx.load(dynamic.folder / "float-model.onnx")
+    for position, each in enumerate(model.graph.node):
+        each.name = f"node{position}"
+    onnx.save(model, tmp_path / "foreign.onnx")
+    with pytest.raises(UsageError, match="not named after modules"):
+        onnx_nodes({"blocks": 8}, tmp_path / "foreign.onnx")
