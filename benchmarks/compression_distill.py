@@ -4,8 +4,8 @@ The finished model, which is the teacher, is the encoder with a linear head that
 copy with three of six layers is trained on few of these rows (drawn by the seed, the same number of each of the 77 intents): on
 the labels alone, or under the teacher. Embeddings stay as they are. Contenders of a seed begin at the same weights, by the same
 recipe, and see the same batches in the same order. The epoch is never chosen by the test rows: the last one counts. ``--pilot``
-tries learning rates for the student WITHOUT a teacher on rows of seed 9, judged on training rows that no model saw; the better
-one is everybody's. ``--all`` adds the contenders that only explain, ``--quick`` shows that it runs and writes nothing.
+tries learning rates for the student WITHOUT a teacher on rows of seed 9, judged on training rows that no model saw; ``--rate``
+is everybody's. ``--all`` adds the contenders that only explain, ``--quick`` shows that it runs and writes nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ COMMAND = "python benchmarks/compression_distill.py"
 SUBJECT = "MiniLM + Banking77, 3 of 6 layers"
 SEEDS = (0, 1, 2)
 PER_CLASS, TAUGHT, EPOCHS, RATE, BATCH, LETTERS, TESTED = 10, 60, 4, 3e-4, 32, 100, 1540
-RATES = (3e-4, 1e-3)
+RATES = (1e-4, 3e-4, 1e-3)
 RECIPE = {
     "rows per intent": PER_CLASS,
     "teacher's rows per intent": TAUGHT,
@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="little data, one seed, one epoch; writes nothing")
     parser.add_argument("--all", action="store_true", help="also the contenders that only explain")
     parser.add_argument("--pilot", action="store_true", help="only try learning rates for the student without a teacher")
+    parser.add_argument("--rate", type=float, default=RATE, help="the learning rate of all contenders")
     chosen = parser.parse_args()
     if chosen.pilot:
         pilot()
@@ -74,13 +75,13 @@ def main() -> None:
         for name, terms in (CONTENDERS | EXPLAINING if chosen.all else CONTENDERS).items():
             student, began = cut_student(teacher, 3), time.process_time()
             supplies = Supplies(training=training, teacher=teacher, executor="local")
-            learn(student, supplies, Distillation(terms, memory=memory) if terms else TASK_LOSS, RATE, epochs, seed)
+            learn(student, supplies, Distillation(terms, memory=memory) if terms else TASK_LOSS, chosen.rate, epochs, seed)
             rows.append(row(student, name, seed, test, time.process_time() - began))
         if not chosen.quick:
-            write(rows, seeds[: seed + 1])
+            write(rows, seeds[: seed + 1], chosen.rate)
 
 
-def write(rows: list[dict[str, Any]], seeds: Sequence[int]) -> None:
+def write(rows: list[dict[str, Any]], seeds: Sequence[int], rate: float) -> None:
     machine = environment(RunConfig())
     result = {
         "command": COMMAND,
@@ -88,7 +89,8 @@ def write(rows: list[dict[str, Any]], seeds: Sequence[int]) -> None:
         "threads": machine["threads"],
         "versions": machine["packages"],
         "seeds": list(seeds),
-        "recipe": RECIPE | {"temperature": 4.0, "alpha": 0.7, "beta": 0.3, "optimizer": "adamw, cosine, 10 % warm-up"},
+        "recipe": RECIPE
+        | {"learning rate": rate, "temperature": 4.0, "alpha": 0.7, "beta": 0.3, "optimizer": "adamw, cosine, 10 % warm-up"},
         "rows": rows,
     }
     write_atomic(RESULTS, json.dumps(result, indent=1) + "\n")
@@ -168,7 +170,8 @@ def section(result: dict[str, Any]) -> str:
 intents of Banking77. The student, its copy with three of the six layers, is trained on
 {recipe["rows per intent"]} of these rows per intent for {recipe["epochs"]} epochs (AdamW, learning rate
 {recipe["learning rate"]:g}, embeddings fixed, texts cut at {recipe["letters"]} letters); judged are {rows[0]["samples"]:,} test
-rows. The learning rate is the better of {" and ".join(f"{r:g}" for r in RATES)} for the student *without* a teacher (`--pilot`).
+rows. All have the same learning rate, which is not each one's best: on other rows (`--pilot`, one seed) the student *without* a
+teacher was right on 84.5 % after training at 1e-4, 83.4 % at 3e-4 and 78.9 % at 1e-3.
 Mean and range over {len(result["seeds"])} seeds, which draw the student's rows; gains are in points against no teacher, paired
 by seed. The teacher knows more rows than the student is given: this is the case of a finished model that is compressed with a
 sample of its data, and part of the gain is that knowledge.
