@@ -57,7 +57,7 @@ def compacted(module: nn.Module) -> Compact | str:
     if any(wraps(p) for p in module.parameters()):
         return "its weights are quantized"
     config = json.loads(module.config.to_json_string(use_diff=False))  # type: ignore[operator,union-attr]
-    shapes = _shapes_of(module, config)
+    shapes = shapes_of(module, config)
     for name, numbers in found.items():
         shapes = {new: shapes[old] for old, new in _renumbered(shapes, {name: numbers}).items()}
         changed = _fitting(module, config, _length(module, name), numbers, shapes)
@@ -82,28 +82,28 @@ def _fitting(
     for place in _counts(config, length):
         for cut in (_by_layer, _any_list, _nothing):
             changed = copy.deepcopy(dict(config))
-            _set_(changed, place, len(kept))
+            set_(changed, place, len(kept))
             _cut_lists_(changed, length, kept, cut)
-            if _shapes_of(module, changed) == wanted:
+            if shapes_of(module, changed) == wanted:
                 return changed
     return None
 
 
 def _counts(tree: Any, value: int, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Where in the configuration this whole number stands; settings that speak of layers first."""
-    found = list(_places(tree, value, path))
+    found = list(places(tree, value, path))
     yield from sorted(found, key=lambda p: "layer" not in "".join(map(str, p)))
 
 
-def _places(tree: Any, value: int, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+def places(tree: Any, value: int, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
     items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else ()
     for key, inner in items:
         if type(inner) is int and inner == value:
             yield (*path, key)
-        yield from _places(inner, value, (*path, key))
+        yield from places(inner, value, (*path, key))
 
 
-def _set_(tree: Any, place: tuple[Any, ...], value: int) -> None:
+def set_(tree: Any, place: tuple[Any, ...], value: int) -> None:
     for key in place[:-1]:
         tree = tree[key]
     tree[place[-1]] = value
@@ -133,7 +133,7 @@ def _cut_lists_(tree: Any, length: int, kept: Sequence[int], chosen: Any) -> Non
                 tree[key] = [kept.index(v) for v in value if v in kept]
 
 
-def _shapes_of(module: nn.Module, config: Mapping[str, Any]) -> Shapes:
+def shapes_of(module: nn.Module, config: Mapping[str, Any]) -> Shapes:
     """Name → shape of every tensor of the class under `config`; none where it builds no model."""
     try:
         with quiet(), torch.device("meta"):
@@ -230,4 +230,16 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-__all__ = ["Compact", "chains", "compacted", "difference", "original_names", "quiet", "write_compact", "write_config"]
+__all__ = [
+    "Compact",
+    "chains",
+    "compacted",
+    "difference",
+    "original_names",
+    "places",
+    "quiet",
+    "set_",
+    "shapes_of",
+    "write_compact",
+    "write_config",
+]

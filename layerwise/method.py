@@ -112,6 +112,10 @@ class CompressionMethod(ABC):
         """As `masked`, for a method that has to look at the cut model to know what it kept, such as directions."""
         return self.masked(model, layers)
 
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """Sizes that the change took from one number to another (before, after), to be looked for in a configuration."""
+        return ()
+
     def check(self, before: UniversalModel, after: UniversalModel, layers: Sequence[str]) -> Check | None:
         """Whether the values of `after` follow from those of `before`, tensor by tensor; None where only `masked` can tell."""
         return None

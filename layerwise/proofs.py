@@ -129,7 +129,17 @@ def _masked_equivalence(
     check = _same_ties(before.module, after.module) or method.check_on(before, after, step.layers, supplies)
     if worst <= BOUND and check is not None and not check.passed:
         return Proof("masked_equivalence", False, f"{step.method}: {check.detail}", check.measured, check.bound, check.place)
+    if check is not None and not check.passed and any(check.place.startswith(f"{n}.") for n in _narrower(before, after, names)):
+        first = check.place  # a layer whose outputs are fewer now cannot be compared
     return Proof("masked_equivalence", worst <= BOUND, detail, worst, BOUND, "" if worst <= BOUND else first)
+
+
+def _narrower(before: UniversalModel, after: UniversalModel, names: Sequence[str]) -> list[str]:
+    """The layers that give outputs of another shape than before, on the model's example."""
+    with before.capture(names) as old, after.capture(names) as new:
+        before.predict(before.example)
+        after.predict(before.example)
+    return [n for n in names if n in old and n in new and old[n][1].shape != new[n][1].shape]
 
 
 def _first_difference(before: UniversalModel, after: UniversalModel, batch: Batch, names: Sequence[str]) -> tuple[float, str]:

@@ -33,6 +33,7 @@ from layerwise.errors import ModelFormatError, UsageError
 from layerwise.files import staged_folder, verify_manifest
 from layerwise.method import COMPRESSED, method_of, outlined, replay_
 from layerwise.model import UniversalModel
+from layerwise.narrowing import write_narrowed
 from layerwise.packing import stand_in
 from layerwise.plan import Step
 from layerwise.recurrent import Unstacked
@@ -61,10 +62,14 @@ def save_model(saved: UniversalModel | CompressionResult, folder: str | os.PathL
             description |= {"weights": "model.safetensors", "kept": compact.kept}
         else:
             description |= {"gaps": compact} if chains(model.module) else {}
-            save_weights(staged / description["weights"], _flat(model.module))
+            narrowed = write_narrowed(model, sizes, staged) if (sizes := _sizes(model)) else "no size changed"
+            if narrowed:
+                save_weights(staged / description["weights"], _flat(model.module))
+            else:
+                description |= {"weights": "model.safetensors"}
         if (
             description["weights"] == "model.safetensors"
-            and "kept" not in description
+            and not (staged / "config.json").exists()
             and "transformers" in library_of(model.module)
         ):
             (staged / "config.json").write_text(json.dumps(_config(model.module), indent=2) + "\n", encoding="utf-8")
@@ -152,6 +157,15 @@ def _plain(model: UniversalModel) -> bool:
     quantized = any(wraps(t) for t in model.module.parameters())
     taken_apart = any(isinstance(m, Unstacked) for m in model.module.modules())
     return not quantized and not taken_apart and not any(method_of(step).structural for step in steps)
+
+
+def _sizes(model: UniversalModel) -> set[tuple[int, int]]:
+    """The sizes that steps changed, where nothing else stands in the way of the class."""
+    _, steps = unfolded(model.source)
+    methods = [method_of(step) for step in steps]
+    if chains(model.module) or any(m.structural and not m.sizes() for m in methods):
+        return set()
+    return {size for m in methods for size in m.sizes()}
 
 
 def _config(module: Any) -> dict[str, Any]:

@@ -117,6 +117,10 @@ class StructuredPruning(CompressionMethod):
                 raise UsageError(
                     f"structured_pruning: these layers have no group {min(unknown)!r}.", remedy=nearest(min(unknown), names)
                 )
+            if uneven := [t for t, units in chosen if len(units) % t.step]:
+                raise UsageError(
+                    f"structured_pruning: of {uneven[0].group.name} only multiples of {uneven[0].step} units can go."
+                )
         else:
             scores = self._scores(model, [t.group for t in found], supplies)
             units = self._lowest(found, scores)
@@ -144,6 +148,14 @@ class StructuredPruning(CompressionMethod):
         """The columns that read the units are zero, found afresh and not by what was cut."""
         known = {t.group.name: t.group for t in coupled(model).groups}
         return silenced(model.module, [(known[name], read(entry[-1])) for name, entry in self.groups.items()])
+
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        units = [(entry[0], entry[0] - len(read(entry[-1]))) for entry in self.groups.values() if len(entry) > 1]
+        return list(
+            dict.fromkeys(
+                [*units, *((c.size, c.size - len(read(c.gone))) for c in self._cuts()), *((n[2], n[3]) for n in self.numbers)]
+            )
+        )
 
     def check(self, before: UniversalModel, after: UniversalModel, layers: Sequence[str]) -> Check:
         """Every tensor is the one before without the indices that went."""
@@ -174,12 +186,13 @@ class StructuredPruning(CompressionMethod):
         return (taylor if self.criterion == "taylor" else activations)(model, groups, supplies.calibration)
 
     def _lowest(self, found: Sequence[Tested], scores: Mapping[str, Floats]) -> dict[str, list[int]]:
+        steps = {t.group.name: t.step for t in found}
         if self.scope == "local":
-            return lowest(scores, self.ratio, together=False)
+            return lowest(scores, self.ratio, steps, together=False)
         units: dict[str, list[int]] = {}
         for kinds in (HEADS, CONVOLVED, frozenset({"neuron"})):
             names = [t.group.name for t in found if t.group.kind in kinds]
-            units |= lowest({n: scores[n] for n in names}, self.ratio, together=True) if names else {}
+            units |= lowest({n: scores[n] for n in names}, self.ratio, steps, together=True) if names else {}
         return units
 
     def _resolved(self, model: UniversalModel, chosen: Sequence[tuple[Tested, list[int]]]) -> StructuredPruning:

@@ -46,7 +46,7 @@ def _coupled(model: UniversalModel) -> Coupling:
     groups, reasons = grouped(model.module, labels, list(blocks))
     wanted = [g for g in groups if _inner(g)]
     found, refused = tested(model.module, model.example, wanted, blocks)
-    others = {g.name: "it runs through several blocks" for g in groups if not _inner(g)}
+    others = {g.name: _outer(g) for g in groups if not _inner(g)}
     return Coupling(tuple(found), {**others, **refused}, reasons, {g.name: g.blocks for g in groups})
 
 
@@ -55,6 +55,10 @@ def _inner(group: Group) -> bool:
     if "" in group.blocks:
         return group.kind in ("head", "kv_group") and len(group.blocks) > 1
     return len(group.blocks) == 1 or group.kind in ("head", "kv_group")
+
+
+def _outer(group: Group) -> str:
+    return "it lies outside of the blocks" if group.blocks == ("",) else "it runs through several blocks"
 
 
 __all__ = ["Coupling", "Group", "Number", "Place", "Tested", "coupled"]

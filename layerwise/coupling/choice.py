@@ -72,21 +72,22 @@ def random(groups: Iterable[Group], seed: int) -> dict[str, Floats]:
     return {g.name: np.random.default_rng([seed, zlib.crc32(g.name.encode())]).random(g.units) for g in groups}
 
 
-def lowest(scores: Mapping[str, Floats], ratio: float, *, together: bool) -> dict[str, list[int]]:
-    """Of each group the share `ratio` of its units with the lowest scores, at least one stays.
+def lowest(scores: Mapping[str, Floats], ratio: float, steps: Mapping[str, int], *, together: bool) -> dict[str, list[int]]:
+    """Of each group the share `ratio` of its units with the lowest scores, in whole `steps`, of which at least one stays.
 
     `together`: of all groups as one, each score divided by the mean of its group, so that sizes do not decide.
     """
     if not together:
-        return {name: _first(values, min(round(ratio * len(values)), len(values) - 1)) for name, values in scores.items()}
+        return {name: _first(values, ratio * len(values), steps[name]) for name, values in scores.items()}
     scaled = {name: values / (values.mean() or 1.0) for name, values in scores.items()}
     every = np.sort(np.concatenate(list(scaled.values())))
     count = round(ratio * len(every))
     limit = every[count - 1] if count else -np.inf
-    return {n: _first(v, min(int((v <= limit).sum()), len(v) - 1)) for n, v in scaled.items()}
+    return {n: _first(v, int((v <= limit).sum()), steps[n]) for n, v in scaled.items()}
 
 
-def _first(values: Floats, count: int) -> list[int]:
+def _first(values: Floats, wanted: float, step: int) -> list[int]:
+    count = min(round(wanted / step) * step, len(values) - step)
     return sorted(int(i) for i in np.argsort(values, kind="stable")[:count])
 
 

@@ -293,6 +293,19 @@ def _addmm(on: Labelling, func: Any, args: Any, kwargs: Any, result: Tensor) -> 
     on.put(result, on.together([args[0], result], result.shape))
 
 
+def _grouped_mm(on: Labelling, func: Any, args: Any, kwargs: Any, result: Tensor) -> None:
+    """Rows times one of several matrices each: what tells these apart is chosen by numbers, the rest is as in one product."""
+    rows, stack = args[:2]
+    if rows.dim() != 2 or stack.dim() != 3:
+        return _unknown(on, func, args, kwargs, result)
+    for layer in on.layers(stack):
+        if 0 in varying(layer):
+            on.labels.fix(layer, "it is chosen by numbers")
+    right = [layer.narrow(0, 0, 1) for layer in on.layers(stack) if 0 not in varying(layer)]
+    on.put(result, [layer[0] for layer in on.product(rows, stack, _batched(on, rows), right, (1, *result.shape))])
+    return None
+
+
 def _mv(on: Labelling, func: Any, args: Any, kwargs: Any, result: Tensor) -> None:
     for tensor in args[:2]:
         on.fix(tensor, "a product with a vector takes it")
@@ -397,7 +410,7 @@ RULES: dict[str, Rule] = {
     "constant_pad_nd": _pad, "cat": _cat, "stack": _cat, "embedding": _embedding, "index": _index,
     "_unsafe_index": _index, "index_select": _pick, "gather": _pick, "index_add": _scatter, "scatter": _scatter,
     "scatter_add": _scatter, "index_copy": _scatter, "scatter_reduce": _scatter, "mm": _mm, "bmm": _bmm,
-    "addmm": _addmm, "baddbmm": _addmm, "linear": _linear, "mv": _mv, "dot": _mv, "addmv": _mv,
+    "addmm": _addmm, "baddbmm": _addmm, "linear": _linear, "_grouped_mm": _grouped_mm, "mv": _mv, "dot": _mv, "addmv": _mv,
     "convolution": _convolution, "_convolution": _convolution, "view_as_complex": _complex, "view_as_real": _real,
     "_fft_r2c": _fft, "_fft_c2c": _fft, "_fft_c2r": _fft, "copy_": _copy, "im2col": _im2col,
 }  # fmt: skip

@@ -28,6 +28,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.trace import evaluating, run, unfused
 
 BOUND = 1e-5
+EIGHT = 8  # rows of 16 bits each that some kernels read at once
 ANOTHER = "the output has another shape"
 MOST, PATIENCE = 200, 30.0  # sets of numbers tried for one group, and seconds
 COUNTED = ("head", "kv_group")  # kinds whose number the modules keep
@@ -43,10 +44,18 @@ class Number(NamedTuple):
 
 @dataclass(frozen=True)
 class Tested:
-    """A group that can be cut, with the numbers that then shrink by the same share."""
+    """A group that can be cut, with the numbers that then shrink by the same share, and how many units go at a time: some kernels
+    want whole eights.
+    """
 
     group: Group
     numbers: tuple[Number, ...] = ()
+    step: int = 1
+
+    @property
+    def example(self) -> tuple[Group, list[int]]:
+        """As few units as can be cut, from the middle."""
+        return self.group, _middle(self.group, self.step)
 
 
 def tested(
@@ -62,7 +71,7 @@ def tested(
     refused: dict[str, str] = {}
     inside = {g.name: _home(g, blocks) for g in groups}
     calls = _first_calls(module, batch, {name: blocks[name] for name in set(inside.values()) if name})
-    known: dict[str, tuple[tuple[Number, ...], str]] = {}
+    known: dict[str, _Finding] = {}
     for group in groups:
         home = inside[group.name]
         if home not in calls:
@@ -70,14 +79,13 @@ def tested(
         key = _likeness(blocks[home], home, group)
         if key not in known:
             known[key] = _search(_Trial.of_call(blocks[home], home, calls[home]), group)
-        numbers, reason = known[key]
-        if reason == ANOTHER:  # and the next block may want it so
-            numbers, reason = _search(whole, group)
-            numbers = tuple(Number(n.module.removeprefix(home).strip("."), n.path) for n in numbers)
-        if reason:
-            refused[group.name] = reason
+        finding = known[key].inside(home)
+        if finding.reason == ANOTHER:  # and the next block may want it so
+            finding = _search(whole, group)
+        if finding.reason:
+            refused[group.name] = finding.reason
         else:
-            found.append(Tested(group, tuple(Number(f"{home}.{n.module}".strip("."), n.path) for n in numbers)))
+            found.append(Tested(group, finding.numbers, finding.step))
     found += _across(whole, [g for g in groups if inside[g.name] not in calls], refused)
     order = {g.name: i for i, g in enumerate(groups)}
     return _agreeing(whole, sorted(found, key=lambda t: order[t.group.name]), refused), refused
@@ -85,7 +93,7 @@ def tested(
 
 def _agreeing(whole: _Trial, found: Sequence[Tested], refused: dict[str, str]) -> list[Tested]:
     """Those with which the whole model runs, cut all at once; halves are tried where it does not."""
-    reason: str = whole.failure([(t.group, _middle(t.group)) for t in found], found) if found else ""
+    reason: str = whole.failure([t.example for t in found], found) if found else ""
     if not reason:
         return list(found)
     if len(found) == 1:
@@ -93,7 +101,7 @@ def _agreeing(whole: _Trial, found: Sequence[Tested], refused: dict[str, str]) -
         return []
     half = len(found) // 2
     first, second = (_agreeing(whole, part, refused) for part in (found[:half], found[half:]))
-    reason = whole.failure([(t.group, _middle(t.group)) for t in (*first, *second)], [*first, *second])
+    reason = whole.failure([t.example for t in (*first, *second)], [*first, *second])
     if not reason:
         return [*first, *second]
     refused |= {t.group.name: f"not together with the others: {reason}" for t in second}
@@ -108,17 +116,17 @@ def _across(whole: _Trial, groups: Sequence[Group], refused: dict[str, str]) -> 
     if not reason:
         return [Tested(g) for g in groups]
     if len(groups) == 1:
-        numbers, reason = _search(whole, groups[0])
-        if reason:
-            refused[groups[0].name] = reason
+        finding = _search(whole, groups[0])
+        if finding.reason:
+            refused[groups[0].name] = finding.reason
             return []
-        return [Tested(groups[0], numbers)]
+        return [Tested(groups[0], finding.numbers, finding.step)]
     half = len(groups) // 2
     return _across(whole, groups[:half], refused) + _across(whole, groups[half:], refused)
 
 
-def _middle(group: Group) -> list[int]:
-    return [group.units // 2]
+def _middle(group: Group, step: int = 1) -> list[int]:
+    return list(range(group.units // 2, group.units // 2 + step))
 
 
 def _home(group: Group, blocks: Mapping[str, nn.Module]) -> str:
@@ -181,7 +189,7 @@ class _Trial:
             changed = self.copy(chosen)
             for t in found:
                 for number in t.numbers:
-                    rescale_(changed, number, t.group.units - 1, t.group.units)
+                    rescale_(changed, number, t.group.units - t.step, t.group.units)
             return self.differs(changed, self.wanted(chosen))
         except LayerwiseError as error:
             return error.what
@@ -195,25 +203,45 @@ def near(a: Tensor, b: Tensor) -> bool:
     return bool(float((a - b).abs().max()) <= BOUND * (largest or 1.0))
 
 
-def _search(trial: _Trial, group: Group) -> tuple[tuple[Number, ...], str]:
-    """The numbers to adapt, or the reason why none do."""
-    chosen = [(group, _middle(group))]
+class _Finding(NamedTuple):
+    """The numbers to adapt and how many units go at a time, or the reason why it cannot be done."""
+
+    numbers: tuple[Number, ...] = ()
+    step: int = 1
+    reason: str = ""
+
+    def inside(self, home: str) -> _Finding:
+        """With the names that the modules have in the whole model."""
+        return self._replace(numbers=tuple(Number(f"{home}.{n.module}".strip("."), n.path) for n in self.numbers))
+
+
+def _search(trial: _Trial, group: Group) -> _Finding:
+    """By single units, or else by eights."""
+    finding = _searched(trial, group, 1)
+    if finding.reason and group.kind not in COUNTED and group.units >= 2 * EIGHT and group.units % EIGHT == 0:
+        again = _searched(trial, group, EIGHT)
+        return finding if again.reason else again
+    return finding
+
+
+def _searched(trial: _Trial, group: Group, step: int) -> _Finding:
+    chosen = [(group, _middle(group, step))]
     try:
         changed, wanted = trial.copy(chosen), trial.wanted(chosen)
     except LayerwiseError as error:
-        return (), error.what
-    share = (group.units - 1, group.units)
+        return _Finding(reason=error.what)
+    share = (group.units - step, group.units)
     reason = trial.differs(changed, wanted)
     if not reason:
-        return _completed(trial, changed, wanted, (), group), ""
+        return _Finding(_completed(trial, changed, wanted, (), group), step)
     started = time.monotonic()
     for subset in itertools.islice(_subsets(_candidates(changed, trial.own(group))), MOST):
         if time.monotonic() - started > PATIENCE:
             break
         numbers = tuple(n for entry in subset for n in entry)
         if not _differs_with(trial, changed, wanted, numbers, share):
-            return _completed(trial, changed, wanted, numbers, group), ""
-    return (), reason
+            return _Finding(_completed(trial, changed, wanted, numbers, group), step)
+    return _Finding(reason=reason)
 
 
 def _completed(
