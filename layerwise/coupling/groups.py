@@ -112,7 +112,8 @@ def _kind(labels: Labels, solution: Solution, places: Sequence[Place]) -> str:
     if any(solution.roots[spans[p.name, p.dim].start + p.indices[0, 0]] in solution.heads for p in rows):
         widths = {p.indices.shape[1] for p in rows if p.indices.shape[1] > 1}
         read = sum(p.indices.shape[1] for p in places if p.eats)
-        fused = len(rows) == 1 and rows[0].indices.shape[1] < 3 * read  # query, key and value of one head are as wide
+        # query, key and value of one head are as wide; where all heads share the keys, these stay
+        fused = len(rows) == 1 and read < rows[0].indices.shape[1] < 3 * read
         return "kv_group" if len(widths) > 1 or fused else "head"
     return "channel" if any(p.name in labels.kernels for p in rows) else "neuron"
 

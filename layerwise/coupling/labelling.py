@@ -68,10 +68,19 @@ class Labelling(TorchDispatchMode):
         result = func(*args, **kwargs)
         given = [t for _, t in trees.tensors((args, kwargs))]
         if any(self.known.get(t) for t in given):
-            rule_of(func)(self, func, args, kwargs, result)
+            self._follow(func, args, kwargs, result)
         elif isinstance(result, Tensor):
             self._follow_blank(func, given, result)
         return result
+
+    def _follow(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        try:
+            rule_of(func)(self, func, args, kwargs, result)
+        except Exception:  # a form of the operator that its rule does not know: nothing of it may be cut
+            for _, tensor in trees.tensors((args, kwargs)):
+                self.fix(tensor, f"the operator {func._schema.name} is not followed in this form")
+            for _, tensor in trees.tensors(result):
+                self.known.pop(tensor, None)
 
     def _follow_blank(self, func: Any, given: Sequence[Tensor], result: Tensor) -> None:
         """Notes the dimensions whose size comes only from tensors that the model fills with one value."""

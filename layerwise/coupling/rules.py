@@ -42,6 +42,7 @@ REDUCE = frozenset({
 ALONG = frozenset(
     {"softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "topk", "_safe_softmax"}
 )
+FEW = 4  # numbers that a program writes out, such as [-1] for the last head
 RESIZES = ("pool", "upsample", "grid_sampler", "reflection_pad", "replication_pad")
 BLANK = frozenset({"zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor"})
 IGNORED = frozenset(
@@ -248,7 +249,8 @@ def _index(on: Labelling, func: Any, args: Any, kwargs: Any, result: Tensor) -> 
     at = 0
     for index in indices:
         wide = index.dim() if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) else 1
-        dims |= set(range(at, at + wide)) if isinstance(index, Tensor) else set()
+        few = isinstance(index, Tensor) and wide == 1 and index.dim() == 1 and index.numel() <= FEW and index.dtype != torch.bool
+        dims |= set(range(at, at + wide)) if isinstance(index, Tensor) and not few else set()
         at += wide
     for layer in on.layers(args[0]):
         own = on.labels.unite(layer, dims, "it is looked up by numbers")

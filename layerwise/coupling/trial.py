@@ -29,7 +29,7 @@ from layerwise.trace import evaluating, run, unfused
 
 BOUND = 1e-5
 EIGHT = 8  # rows of 16 bits each that some kernels read at once
-ANOTHER = "the output has another shape"
+ANOTHER = "what it gives beside its output has another shape"
 MOST, PATIENCE = 200, 30.0  # sets of numbers tried for one group, and seconds
 COUNTED = ("head", "kv_group")  # kinds whose number the modules keep
 STANDARD = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
@@ -79,9 +79,9 @@ def tested(
         key = _likeness(blocks[home], home, group)
         if key not in known:
             known[key] = _search(_Trial.of_call(blocks[home], home, calls[home]), group)
+            if known[key].reason == ANOTHER:  # and nobody may mind
+                known[key] = _search(whole, group).below(home)
         finding = known[key].inside(home)
-        if finding.reason == ANOTHER:  # and the next block may want it so
-            finding = _search(whole, group)
         if finding.reason:
             refused[group.name] = finding.reason
         else:
@@ -179,9 +179,12 @@ class _Trial:
         except Exception as error:  # whatever code raises on sizes that it does not expect
             words = str(error).strip().splitlines() or [""]
             return f"the forward fails: {words[0][:160]}"
-        if len(found) != len(wanted) or not wanted or any(a.shape != b.shape for a, b in zip(found, wanted, strict=True)):
-            return ANOTHER
-        return "" if all(near(a, b) for a, b in zip(found, wanted, strict=True)) else "the output differs"
+        if len(found) != len(wanted) or not wanted or found[0].shape != wanted[0].shape:
+            return "the output has another shape"
+        pairs = [(a, b) for a, b in zip(found, wanted, strict=True) if a.shape == b.shape]
+        if not all(near(a, b) for a, b in pairs):
+            return "the output differs"
+        return "" if len(pairs) == len(wanted) else ANOTHER
 
     def failure(self, chosen: Sequence[tuple[Group, Sequence[int]]], found: Sequence[Tested] = ()) -> str:
         """Why cutting these units, and changing the numbers that were `found`, does not do."""
@@ -214,6 +217,10 @@ class _Finding(NamedTuple):
         """With the names that the modules have in the whole model."""
         return self._replace(numbers=tuple(Number(f"{home}.{n.module}".strip("."), n.path) for n in self.numbers))
 
+    def below(self, home: str) -> _Finding:
+        """With the names that the modules have in the block."""
+        return self._replace(numbers=tuple(Number(n.module.removeprefix(home).strip("."), n.path) for n in self.numbers))
+
 
 def _search(trial: _Trial, group: Group) -> _Finding:
     """By single units, or else by eights."""
@@ -239,8 +246,10 @@ def _searched(trial: _Trial, group: Group, step: int) -> _Finding:
         if time.monotonic() - started > PATIENCE:
             break
         numbers = tuple(n for entry in subset for n in entry)
-        if not _differs_with(trial, changed, wanted, numbers, share):
+        said = _differs_with(trial, changed, wanted, numbers, share)
+        if not said:
             return _Finding(_completed(trial, changed, wanted, numbers, group), step)
+        reason = ANOTHER if said == ANOTHER else reason
     return _Finding(reason=reason)
 
 
