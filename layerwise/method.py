@@ -112,7 +112,7 @@ class CompressionMethod(ABC):
         """As `masked`, for a method that has to look at the cut model to know what it kept, such as directions."""
         return self.masked(model, layers)
 
-    def sizes(self) -> Sequence[tuple[int, int]]:
+    def resized(self) -> Sequence[tuple[int, int]]:
         """Sizes that the change took from one number to another (before, after), to be looked for in a configuration."""
         return ()
 

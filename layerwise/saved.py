@@ -163,9 +163,9 @@ def _sizes(model: UniversalModel) -> set[tuple[int, int]]:
     """The sizes that steps changed, where nothing else stands in the way of the class."""
     _, steps = unfolded(model.source)
     methods = [method_of(step) for step in steps]
-    if chains(model.module) or any(m.structural and not m.sizes() for m in methods):
+    if chains(model.module) or any(m.structural and not m.resized() for m in methods):
         return set()
-    return {size for m in methods for size in m.sizes()}
+    return {size for m in methods for size in m.resized()}
 
 
 def _config(module: Any) -> dict[str, Any]:

@@ -149,7 +149,7 @@ class StructuredPruning(CompressionMethod):
         known = {t.group.name: t.group for t in coupled(model).groups}
         return silenced(model.module, [(known[name], read(entry[-1])) for name, entry in self.groups.items()])
 
-    def sizes(self) -> Sequence[tuple[int, int]]:
+    def resized(self) -> Sequence[tuple[int, int]]:
         units = [(entry[0], entry[0] - len(read(entry[-1]))) for entry in self.groups.values() if len(entry) > 1]
         return list(
             dict.fromkeys(
