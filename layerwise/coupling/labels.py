@@ -125,12 +125,12 @@ class Labels:
         while True:
             new = [m for meeting in self.meetings.values() if (m := _one_to_one(roots[meeting.pairs])) is not None]
             new = new or [m for meeting in self.meetings.values() if (m := _partly(roots[meeting.pairs])) is not None]
-            new = new or [g for grid in self.grids.values() for g in _sliced(roots[grid])]
+            new = new or [g for grid in self.grids.values() for g in _sliced(self._held(roots)[grid])]
             if not new:
                 break
             extra += new
             roots = self._joined(extra)
-        fixed: dict[int, str] = {}
+        fixed: dict[int, str] = {int(roots[0]): "it lies beside elements of fixed size"}
         for labels, reason in self.fixed:
             for root in np.unique(roots[labels]):
                 fixed.setdefault(int(root), reason)
@@ -142,6 +142,11 @@ class Labels:
         mixed = {int(root): reason for labels, reason in reversed(self.mixed) for root in np.unique(roots[labels])}
         heads = frozenset(int(root) for labels in self.heads for root in np.unique(roots[labels]))
         return Solution(roots, fixed, mixed, heads, _flags(self.eaten, self.count), _flags(self.given, self.count))
+
+    def _held(self, roots: Numbers) -> Numbers:
+        """The roots, all that may not be cut as one: 0."""
+        fixed = [roots[labels] for labels, _ in self.fixed]
+        return np.where(np.isin(roots, np.concatenate([*fixed, roots[:1]])), 0, roots)
 
     def _joined(self, extra: Sequence[Numbers]) -> Numbers:
         edges = np.concatenate([*self.bonds, *extra, np.zeros((0, 2), np.int64)])

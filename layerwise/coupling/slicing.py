@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -122,8 +122,3 @@ def read(text: str) -> list[int]:
         return [i for run in ends for i in range(run[0], run[-1] + 1)]
     except ValueError as error:
         raise UsageError(f"{text!r} is no list of numbers such as 0-3,7.") from error
-
-
-def sizes(module: nn.Module) -> Mapping[str, tuple[int, ...]]:
-    """Name → shape of everything live."""
-    return {name: tuple(t.shape) for name, t in live(module).items()}

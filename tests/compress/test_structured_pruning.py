@@ -160,6 +160,46 @@ def test_the_smallest_go_first() -> None:
     assert result.plan.steps[0].settings["groups"]["blocks.0.up"] == [24, "5"]
 
 
+class Fused(nn.Module):
+    """Attention whose heads lie one after the other in one matrix, query, key and value of each together (`mixed`), or whose
+    queries share the last two heads as key and value."""
+
+    def __init__(self, mixed: bool) -> None:
+        super().__init__()
+        self.heads, self.mixed = 4, mixed
+        self.qkv = nn.Linear(16, (12 if mixed else 6) * 8)
+        self.out = nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.qkv(x).unflatten(-1, (-1, 8))
+        if self.mixed:
+            q, k, v = heads.unflatten(2, (self.heads, 3)).transpose(1, 2).unbind(3)
+        else:
+            q, k, v = (t.transpose(1, 2) for t in (heads[:, :, : self.heads], heads[:, :, [-2]], heads[:, :, [-1]]))
+        scores = q @ k.transpose(-1, -2) / 8**0.5
+        return x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("mixed", "rows"), [(True, [*range(48, 72)]), (False, [*range(16, 24)])])
+def test_a_head_of_one_fused_matrix(mixed: bool, rows: list[int]) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(Fused(mixed), Fused(mixed), nn.Linear(16, 3)).eval()
+    model = UniversalModel(module, example=Batch((torch.randn(2, 5, 16),)))
+    found = {t.group.name: t.group for t in coupled(model).groups}["0.qkv"]
+    assert (found.kind, found.units) == ("head", 4)
+    assert next(p for p in found.places if p.name == "0.qkv.weight").indices[2].tolist() == rows
+    result = pruned(model, ratio=0.25)
+    assert result.model.module[0].heads == 3
+    assert proof(model, result).passed
+
+
+def test_heads_that_share_a_table_of_biases_go_in_all_blocks() -> None:
+    model = CASES["t5"].model()
+    found = next(t.group for t in coupled(model).groups if t.group.kind == "head")
+    assert found.blocks == ("encoder.block.0", "encoder.block.1", "encoder.block.2")
+    assert any("relative_attention_bias" in p.name and p.indices.shape == (4, 1) for p in found.places)
+
+
 class Padded(nn.Module):
     """ResNet-20's shortcut by zeros where channels double; squeeze and excitation, and a grouped convolution."""
 
