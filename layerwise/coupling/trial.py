@@ -406,7 +406,7 @@ def _likeness(block: nn.Module, name: str, group: Group) -> str:
 
 
 def structure(module: nn.Module, *, skip: Iterable[str] = ("layer_idx", "layer_id", "layer_index", "idx")) -> str:
-    """A digest of classes, shapes and plain settings, without the weights."""
+    """A digest of classes, shapes, plain settings and what the forwards do, without the weights."""
     left = frozenset(skip)
     digest = hashlib.sha256()
     for name, tensor in live(module).items():
@@ -417,6 +417,8 @@ def structure(module: nn.Module, *, skip: Iterable[str] = ("layer_idx", "layer_i
             k: v for k, v in vars(part).items() if k not in left and isinstance(v, int | float | str | tuple) and k != "training"
         }
         digest.update(f"{name}{type(part).__module__}{type(part).__qualname__}{sorted(plain.items(), key=str)}".encode())
+        code = getattr(type(part).forward, "__code__", None)  # a class may be written anew under its name
+        digest.update(f"{code.co_code!r}{code.co_names}".encode() if code else b"")
         for key, value in vars(part).items():
             if (
                 not key.startswith("_")
