@@ -8,7 +8,6 @@ grid, another rounding) is listed in notes beside the configuration.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import nn
 
 from layerwise.errors import UsageError, missing_dependency, nearest
 from layerwise.model import UniversalModel
+from layerwise.onnx_nodes import onnx_nodes
 from layerwise.plan import CompressionPlan, Step
 
 About = UniversalModel | str | Path | None  # what some formats need to know of the model: itself, or its ONNX file
@@ -202,33 +202,18 @@ def _scheme(storage: Storage) -> dict[str, Any]:
 
 # ---- ONNX
 
-SCOPES = "pkg.torch.onnx.name_scopes"  # the exporter's note of the modules that a node comes from
-MATRIX_NODES = ("MatMul", "Gemm", "Conv")
-
 
 def onnx(plan: CompressionPlan, about: About = None) -> str:
-    """JSON: each matrix node of the exported file with its layer and storage, as lists for ``nodes_to_quantize``."""
+    """JSON: the nodes of a file exported by layerwise to quantize and to leave, as onnxruntime's quantizers take them."""
     _only(plan, "onnx")
     if not isinstance(about, str | Path):
         raise UsageError(
             "onnx names nodes.", remedy='Give the exported file: plan.to_format("onnx", "model.onnx").', code="LW-C19"
         )
-    try:
-        import onnx as library
-    except ImportError as error:
-        raise missing_dependency("onnx", "onnx", "the list of nodes") from error
-    graph = library.load(str(about), load_external_data=False).graph
-    found, nodes = storages(plan), []
-    for node in graph.node:
-        scopes = next((p.value for p in node.metadata_props if p.key == SCOPES), "")
-        names = re.findall(r"'([^']*)'", scopes)
-        layer = next((name for name in names if name in found), None)
-        if layer is not None and node.op_type in MATRIX_NODES:
-            nodes.append({"node": node.name, "op": node.op_type, "layer": layer} | vars(found[layer]))
-    if found and not nodes:
-        raise UsageError("No matrix node of the file comes from the plan's layers.", place=str(about), code="LW-C18")
+    found = onnx_nodes(plan, about)
+    lists = {"nodes_to_quantize": found.quantize, "nodes_to_exclude": found.exclude, "bits": found.bits}
     notes = ["onnxruntime computes with 8 and 4 bits; other widths are stored in the next wider one"]
-    return json.dumps({"nodes_to_quantize": nodes, "notes": notes}, indent=2) + "\n"
+    return json.dumps(lists | {"notes": notes}, indent=2) + "\n"
 
 
 FORMATS: Mapping[str, Callable[[CompressionPlan, About], str]] = {

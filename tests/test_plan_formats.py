@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+import layerwise as lw
 from layerwise.compress.drop_layers import DropLayers
 from layerwise.compress.gptq import Gptq
 from layerwise.compress.half_precision import HalfPrecision
@@ -78,17 +79,13 @@ def test_llm_compressor_gets_one_group_per_storage_with_every_linear_layer() -> 
 
 
 def test_onnx_lists_the_nodes_of_the_layers(tmp_path: Path) -> None:
-    onnx = pytest.importorskip("onnx")
-    helper, nodes = onnx.helper, []
-    for name in ("blocks.0", "blocks.1"):
-        for op in ("MatMul", "Relu"):
-            node = helper.make_node(op, ["x"], ["y"], name=f"{name}.{op}")
-            node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value=str(["", "blocks", name, f"{name}.up"]))
-            nodes.append(node)
-    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [], [])), str(tmp_path / "m.onnx"))
+    pytest.importorskip("onnx")
+    case = CASES["residual"]
+    lw.export(case.model(), tmp_path / "m.onnx", case.data(2))
     said = json.loads(plan((WeightOnly(4), ["blocks.1"])).to_format("onnx", tmp_path / "m.onnx"))
-    assert [(n["node"], n["layer"], n["bits"]) for n in said["nodes_to_quantize"]] == [("blocks.1.MatMul", "blocks.1", 4)]
-    with pytest.raises(UsageError, match="LW-C18"):
+    assert said["bits"] == {"blocks.1.up/Gemm": 4, "blocks.1.down/Gemm": 4}
+    assert "blocks.2.up/Gemm" in said["nodes_to_exclude"]
+    with pytest.raises(UsageError, match=r"belongs to blocks\.7"):
         plan((WeightOnly(4), ["blocks.7"])).to_format("onnx", tmp_path / "m.onnx")
 
 

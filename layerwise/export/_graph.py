@@ -8,8 +8,9 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from layerwise.onnx_nodes import ROOT
+
 SCOPES = "pkg.torch.onnx.name_scopes"  # the exporter's note of the modules that a node comes from, outermost first
-ROOT = "model"  # the attribute of NamedForward
 
 
 def layer_outputs(model: Any, layers: Sequence[str]) -> dict[str, str]:
@@ -41,11 +42,6 @@ def name_nodes(model: Any, modules: Collection[str]) -> None:
         name = next(n for n in chain([stem], (f"{stem}_{i}" for i in count(1))) if n not in taken)
         taken.add(name)
         node.name = name
-
-
-def owner(node: str) -> str:
-    """The dotted path of the module that a node named by `name_nodes` belongs to."""
-    return node.rpartition("/")[0]
 
 
 def ir_nodes(model: Any) -> list[Any]:

@@ -18,12 +18,10 @@ from typing import Any
 
 from layerwise.data import Data
 from layerwise.errors import UsageError, UserModelError, nearest
-from layerwise.export._graph import owner
 from layerwise.export._inputs import Inputs
+from layerwise.onnx_nodes import CONVOLUTIONS, PRODUCTS, owner, weighted
 
 MODES = ("auto", "static", "dynamic")
-CONVOLUTIONS = ("Conv", "ConvTranspose")
-PRODUCTS = ("Gemm", "MatMul")
 
 
 @dataclass(frozen=True)
@@ -34,19 +32,6 @@ class Choice:
     nodes: tuple[str, ...]
     kept: Mapping[str, str] = field(default_factory=dict)
     convolutional: bool = False
-
-
-def weighted(graph: Any) -> dict[str, Any]:
-    """Node name → node, of the convolutions and matrix products with a float32 weight that stands in the file."""
-    import onnx_ir as ir
-
-    return {
-        node.name: node
-        for node in graph
-        if node.op_type in CONVOLUTIONS + PRODUCTS
-        and node.inputs[1].is_initializer()
-        and node.inputs[1].dtype == ir.DataType.FLOAT
-    }
 
 
 def check(mode: str, keep: str) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from layerwise.errors import ExportMismatch
-from layerwise.export._graph import ROOT, owner
 from layerwise.export._quantize import Choice
+from layerwise.onnx_nodes import ROOT, owner
 
 HALF = 0.501  # of a step, and a little for the rounding of scale·integer back to a float
 SUFFIX = "_quant"  # what onnxruntime adds to the name of a node that became an integer product

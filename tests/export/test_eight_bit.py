@@ -25,9 +25,9 @@ from layerwise.export import onnx as exporter
 from layerwise.export._inputs import Inputs
 from layerwise.export._parity import session
 from layerwise.export._quantize import Choice, choose
-from layerwise.export.nodes import onnx_nodes
 from layerwise.method import METHODS, apply_plan, step_of
 from layerwise.model import UniversalModel
+from layerwise.onnx_nodes import onnx_nodes
 from layerwise.plan import CompressionPlan, Step
 from tests.models import CASES
 

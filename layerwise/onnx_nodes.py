@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from layerwise.errors import UsageError
-from layerwise.export._graph import ROOT, owner
+from layerwise.errors import UsageError, missing_dependency
 from layerwise.plan import CompressionPlan, Step
 
+ROOT = "model"  # the attribute under which the exporter wraps the module
+CONVOLUTIONS, PRODUCTS = ("Conv", "ConvTranspose"), ("Gemm", "MatMul")
 EIGHT = 8
 IMPLIED = {"int8_dynamic": EIGHT}  # methods whose settings do not say how many bits
 
@@ -51,10 +52,10 @@ def onnx_nodes(plan: CompressionPlan | Mapping[str, int], path: str | Path, *, m
     `plan` may be a mapping from dotted paths to bits as well. Raises `UsageError` for a file without names of modules, and for a
     layer that no node belongs to.
     """
-    import onnx_ir as ir
-
-    from layerwise.export._quantize import weighted
-
+    try:
+        import onnx_ir as ir
+    except ImportError as error:
+        raise missing_dependency("onnx_ir", "onnx", "the list of nodes") from error
     wanted = layer_bits(plan) if isinstance(plan, CompressionPlan) else dict(plan)
     nodes = list(weighted(ir.load(path).graph))
     if not any(owner(name) for name in nodes):
@@ -79,3 +80,21 @@ def _nearest(path: str, wanted: Mapping[str, int]) -> int | None:
 def _inside(path: str, layer: str) -> bool:
     layer = layer.removeprefix(f"{ROOT}.")
     return path == layer or path.startswith(f"{layer}.")
+
+
+def owner(node: str) -> str:
+    """The dotted path of the module that a node named by our exporter belongs to."""
+    return node.rpartition("/")[0]
+
+
+def weighted(graph: Any) -> dict[str, Any]:
+    """Node name → node, of the convolutions and matrix products with a float32 weight that stands in the file."""
+    import onnx_ir as ir
+
+    return {
+        node.name: node
+        for node in graph
+        if node.op_type in CONVOLUTIONS + PRODUCTS
+        and node.inputs[1].is_initializer()
+        and node.inputs[1].dtype == ir.DataType.FLOAT
+    }
