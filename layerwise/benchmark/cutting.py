@@ -18,6 +18,7 @@ from layerwise.benchmark.architectures.made import NotBuilt, brief
 from layerwise.benchmark.catalogue import GROUPS, without_places
 from layerwise.data import Data
 from layerwise.errors import LayerwiseError
+from layerwise.measure import costs
 from layerwise.method import METHODS, CompressionMethod, apply_plan, step_of, untreated
 from layerwise.model import UniversalModel
 from layerwise.packing import pack, unpack
@@ -72,16 +73,12 @@ def _cut(group: str, name: str, folder: Path, method: CompressionMethod) -> dict
     _leave(applied.model, folder)
     return found | {
         "parameters": [parameter_count(model.module), parameter_count(applied.model.module)],
-        "macs": [_macs(model), _macs(applied.model)],
+        "macs": [int(costs(m)["macs"]) for m in (model, applied.model)],
         "equivalence": proof.measured,
         "equivalent": proof.passed is True,
         "said": "" if proof.passed else f"{proof.detail} {proof.layer}".strip(),
         "plain": (folder / "model" / "config.json").exists(),
     }
-
-
-def _macs(model: UniversalModel) -> int:
-    return sum(layer.macs for layer in model.layers)
 
 
 def _leave(model: UniversalModel, folder: Path) -> None:
