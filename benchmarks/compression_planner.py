@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.actions import KEEP, Table
 from layerwise.benchmark.subjects import SUBJECTS, Parts
 from layerwise.compress.drop_layers import DropLayers
 from layerwise.compress.half_precision import HalfPrecision
@@ -36,12 +35,13 @@ from layerwise.method import CompressionMethod, apply_plan
 from layerwise.model import UniversalModel
 from layerwise.plan import CompressionPlan, Step
 from layerwise.planner import Planner
-from layerwise.solve import smallest
+from layerwise.planning.actions import KEEP, Table
+from layerwise.planning.solve import smallest
+from layerwise.planning.wholes import Whole
 from layerwise.supplies import Supplies
 from layerwise.target import Target
 from layerwise.task import task_named
 from layerwise.tensors import byte_size
-from layerwise.wholes import Whole
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "compression_planner.json"

@@ -11,14 +11,14 @@ from torch import nn
 
 from layerwise.data import Data
 from layerwise.errors import UsageError
-from layerwise.finals import Measured
-from layerwise.ladder import Climber, Rung
 from layerwise.loading import load
 from layerwise.method import CompressionMethod
 from layerwise.metric import METRICS
 from layerwise.model import UniversalModel
 from layerwise.plan import CompressionPlan
 from layerwise.planner import Planner
+from layerwise.planning.finals import Measured
+from layerwise.planning.ladder import Climber, Rung
 from layerwise.target import COSTS, Target
 
 BISECTIONS = 6

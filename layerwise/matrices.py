@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from layerwise.grid import Grid
-from layerwise.packed import as_matrix
+from layerwise.lowbit.grid import Grid
+from layerwise.lowbit.packed import as_matrix
 from layerwise.tensors import wraps
 
 ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # nn.MultiheadAttention's own

@@ -1,10 +1,10 @@
 """From a budget to a plan: a table of what each action on each layer costs and spoils, an exact solver, and measurements.
 
-1. Every action of the menu is measured on every layer alone (`layerwise.tabulate`), on replay.
-2. A solver picks the action per layer that spoils least within the budget (`layerwise.solve`), as if damages added up. Further
-   starts come from other readings of the table, from the uniform choices, and from the scores: the layers they call least
+1. Every action of the menu is measured on every layer alone (`layerwise.planning.tabulate`), on replay.
+2. A solver picks the action per layer that spoils least within the budget (`layerwise.planning.solve`), as if damages added up.
+   Further starts come from other readings of the table, from the uniform choices, and from the scores: the layers they call least
    important are left out first. Each start is measured whole.
-3. The best start is improved by measured swaps (`layerwise.search`).
+3. The best start is improved by measured swaps (`layerwise.planning.search`).
 4. It and its rivals, at this and at neighbouring budgets, are carried out for real and measured on the data: the Pareto set.
    Of those that meet every target the one with the least damage wins; of equal ones the cheapest.
 
@@ -18,23 +18,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from layerwise.actions import KEEP, Menu, Table
 from layerwise.data import Data
-from layerwise.effects import Meter
 from layerwise.energy import energy
 from layerwise.errors import UsageError, nearest
-from layerwise.finals import Finals, Measured
 from layerwise.importance import ImportanceReport
 from layerwise.measure import costs, evaluate, latency
 from layerwise.method import CompressionMethod, step_of
 from layerwise.model import UniversalModel
 from layerwise.plan import CompressionPlan, Step
-from layerwise.search import Search, State
-from layerwise.solve import kept, smallest, solve
+from layerwise.planning.actions import KEEP, Menu, Table
+from layerwise.planning.effects import Meter
+from layerwise.planning.finals import Finals, Measured
+from layerwise.planning.search import Search, State
+from layerwise.planning.solve import kept, smallest, solve
+from layerwise.planning.tabulate import Tabulator, check_any
+from layerwise.planning.wholes import Whole, wholes_of
 from layerwise.supplies import Supplies
-from layerwise.tabulate import Tabulator, check_any
 from layerwise.target import COSTS, Target
-from layerwise.wholes import Whole, wholes_of
 
 Progress = Callable[[int, int], None]
 CALIBRATION = (64, 4)  # samples that methods watch while planning: so many, or that part of the data if it is less

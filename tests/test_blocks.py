@@ -9,14 +9,14 @@ from typing import ClassVar
 import pytest
 import torch
 
-from layerwise.blocks import build, build_each, installed, shell
 from layerwise.compress.drop_layers import DropLayers
 from layerwise.compress.magnitude_pruning import MagnitudePruning
-from layerwise.effects import Meter
 from layerwise.errors import UsageError
 from layerwise.method import CompressionMethod, apply_plan, step_of
 from layerwise.model import UniversalModel
 from layerwise.plan import CompressionPlan
+from layerwise.planning.blocks import build, build_each, installed, shell
+from layerwise.planning.effects import Meter
 from layerwise.structure import Layer
 from layerwise.supplies import NOTHING, Supplies
 from layerwise.task import Classification

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerwise.correction import Correction, corrected, row_errors
-from layerwise.grid import Grid, Levels
+from layerwise.lowbit.correction import Correction, corrected, row_errors
+from layerwise.lowbit.grid import Grid, Levels
 
 
 def slow(rows: Tensor, hessian: Tensor, grid: Grid, levels: Levels, how: Correction) -> Tensor:

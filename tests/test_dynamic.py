@@ -10,8 +10,8 @@ import layerwise as lw
 from layerwise.compress.drop_layers import DropLayers
 from layerwise.compress.weight_only import WeightOnly
 from layerwise.errors import UsageError
-from layerwise.finals import Measured
 from layerwise.planner import Ladder
+from layerwise.planning.finals import Measured
 from tests.test_planner import uneven
 
 MENU = (DropLayers(), WeightOnly(8, 8), WeightOnly(4, 8), WeightOnly(2, 8))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from layerwise.errors import UsageError
-from layerwise.grid import Grid, pack, packed_width, unpack
+from layerwise.lowbit.grid import Grid, pack, packed_width, unpack
 
 SHAPES = [(3, 32), (4, 70), (2, 5), (1, 1)]
 

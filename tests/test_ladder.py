@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from layerwise.errors import UsageError
-from layerwise.ladder import Climber, Rung, read_audit
 from layerwise.plan import CompressionPlan, Step
+from layerwise.planning.ladder import Climber, Rung, read_audit
 from layerwise.target import Target
 
 COSTS = [(0.98, 100.0), (0.96, 70.0), (0.93, 50.0), (0.80, 30.0)]  # accuracy and latency of each rung

@@ -11,10 +11,10 @@ from torch import nn
 from layerwise.compress.mixed_precision import MixedPrecision
 from layerwise.data import Batch, Data
 from layerwise.errors import UsageError
-from layerwise.grid import Grid
+from layerwise.lowbit.grid import Grid
+from layerwise.lowbit.mixing import PROBE, best_bits, lost, measured_damages, stored
 from layerwise.matrices import Matrix
 from layerwise.method import apply_plan, step_of
-from layerwise.mixing import PROBE, best_bits, lost, measured_damages, stored
 from layerwise.model import UniversalModel
 from layerwise.plan import CompressionPlan
 from layerwise.supplies import Supplies

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from layerwise.errors import UsageError
-from layerwise.grid import Grid
-from layerwise.packed import PackedWeight, place_
+from layerwise.lowbit.grid import Grid
+from layerwise.lowbit.packed import PackedWeight, place_
 from layerwise.tensors import byte_size, dense, flattened
 
 

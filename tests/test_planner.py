@@ -12,8 +12,6 @@ import torch
 from torch import nn
 
 import layerwise as lw
-from layerwise import wholes
-from layerwise.actions import Menu
 from layerwise.compress.drop_layers import DropLayers
 from layerwise.compress.half_precision import HalfPrecision
 from layerwise.compress.low_rank import LowRank
@@ -25,6 +23,8 @@ from layerwise.method import CompressionMethod, apply_plan, step_of
 from layerwise.model import UniversalModel
 from layerwise.plan import CompressionPlan
 from layerwise.planner import Planner
+from layerwise.planning import wholes
+from layerwise.planning.actions import Menu
 from layerwise.supplies import Supplies
 from layerwise.target import Target
 from layerwise.task import Classification

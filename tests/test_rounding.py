@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from layerwise.compress.weight_only import WeightOnly
-from layerwise.grid import Grid
+from layerwise.lowbit.grid import Grid
+from layerwise.lowbit.packed import PackedWeight, place_
 from layerwise.matrices import Matrix
 from layerwise.method import apply_plan, step_of
-from layerwise.packed import PackedWeight, place_
 from layerwise.plan import CompressionPlan
 from layerwise.tensors import dense
 from tests.models import CASES

@@ -8,9 +8,9 @@ import random
 
 import pytest
 
-from layerwise.actions import KEEP, Action, Entry, Table
-from layerwise.search import pareto
-from layerwise.solve import kept, smallest, solve
+from layerwise.planning.actions import KEEP, Action, Entry, Table
+from layerwise.planning.search import pareto
+from layerwise.planning.solve import kept, smallest, solve
 
 
 def table(seed: int, layers: int = 4, actions: int = 4) -> Table:

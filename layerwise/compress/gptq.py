@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from layerwise.correction import Correction, check_corrected, check_levels, correct_
 from layerwise.errors import UsageError
-from layerwise.grid import Grid
 from layerwise.hessians import reads_alike
+from layerwise.lowbit.correction import Correction, check_corrected, check_levels, correct_
+from layerwise.lowbit.grid import Grid
+from layerwise.lowbit.rounding import Chosen, chosen, round_
 from layerwise.matrices import left, refusal, worth
 from layerwise.method import METHODS, Check, CompressionMethod
 from layerwise.model import UniversalModel
-from layerwise.rounding import Chosen, chosen, round_
 from layerwise.structure import Layer
 from layerwise.supplies import NOTHING, Supplies
 

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from layerwise.correction import Correction, check_corrected, check_levels, correct_
 from layerwise.errors import UsageError, nearest
-from layerwise.grid import Grid
+from layerwise.lowbit.correction import Correction, check_corrected, check_levels, correct_
+from layerwise.lowbit.grid import Grid
+from layerwise.lowbit.mixing import best_bits, measured_damages, scored_damages, stored
+from layerwise.lowbit.rounding import Chosen, check_rounded, chosen, round_
 from layerwise.matrices import left, refusal, worth
 from layerwise.method import METHODS, Check, CompressionMethod
-from layerwise.mixing import best_bits, measured_damages, scored_damages, stored
 from layerwise.model import UniversalModel
-from layerwise.rounding import Chosen, check_rounded, chosen, round_
 from layerwise.structure import Layer
 from layerwise.supplies import NOTHING, Supplies
 

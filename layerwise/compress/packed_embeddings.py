@@ -8,11 +8,11 @@ from typing import ClassVar
 
 from torch import nn
 
-from layerwise.grid import Grid
+from layerwise.lowbit.grid import Grid
+from layerwise.lowbit.rounding import Chosen, check_rounded, round_
 from layerwise.matrices import Matrix
 from layerwise.method import METHODS, Check, CompressionMethod
 from layerwise.model import UniversalModel
-from layerwise.rounding import Chosen, check_rounded, round_
 from layerwise.structure import Layer
 from layerwise.supplies import NOTHING, Supplies
 from layerwise.tensors import wraps

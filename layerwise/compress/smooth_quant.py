@@ -12,8 +12,8 @@ from torch import nn
 
 from layerwise.compress.int8_dynamic import Int8Dynamic, linears
 from layerwise.errors import UsageError
+from layerwise.lowbit.migration import EXACT, Link, apart, exponents, links, move_, weight_of
 from layerwise.method import METHODS, Check, CompressionMethod
-from layerwise.migration import EXACT, Link, apart, exponents, links, move_, weight_of
 from layerwise.model import UniversalModel
 from layerwise.structure import Layer
 from layerwise.supplies import NOTHING, Supplies

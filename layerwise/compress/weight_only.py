@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from layerwise.grid import Grid
+from layerwise.lowbit.grid import Grid
+from layerwise.lowbit.rounding import check_rounded, chosen, round_
 from layerwise.matrices import left, refusal, worth
 from layerwise.method import METHODS, Check, CompressionMethod
 from layerwise.model import UniversalModel
-from layerwise.rounding import check_rounded, chosen, round_
 from layerwise.structure import Layer
 from layerwise.supplies import NOTHING, Supplies
 

@@ -28,8 +28,8 @@ from layerwise.export._inputs import Inputs, NamedForward
 from layerwise.export._int8 import compact, unrounded, without_rounding
 from layerwise.export._parity import BOUNDS, compared, other_sizes, reason, removed
 from layerwise.export._quantize import check
+from layerwise.lowbit.packed import PackedWeight, floats_
 from layerwise.model import UniversalModel
-from layerwise.packed import PackedWeight, floats_
 from layerwise.proofs import relative_error
 from layerwise.quiet import silence_import_noise
 from layerwise.tensors import byte_size, wraps

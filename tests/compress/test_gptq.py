@@ -13,10 +13,10 @@ from layerwise.compress.weight_only import WeightOnly
 from layerwise.data import Batch, Data
 from layerwise.errors import UsageError
 from layerwise.hessians import hessians, rows_read
+from layerwise.lowbit.packed import PackedWeight, place_
 from layerwise.matrices import matrices
 from layerwise.method import apply_plan, step_of
 from layerwise.model import UniversalModel
-from layerwise.packed import PackedWeight, place_
 from layerwise.plan import CompressionPlan
 from layerwise.supplies import Supplies
 from layerwise.tensors import byte_size

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from layerwise.compress.packed_embeddings import PackedEmbeddings
-from layerwise.grid import Grid
+from layerwise.lowbit.grid import Grid
+from layerwise.lowbit.packed import PackedWeight
 from layerwise.method import apply_plan, step_of
-from layerwise.packed import PackedWeight
 from layerwise.plan import CompressionPlan
 from layerwise.tensors import byte_size, dense
 from tests.models import CASES

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from layerwise.compress.int8_dynamic import Int8Dynamic
 from layerwise.compress.smooth_quant import SmoothQuant
 from layerwise.data import Data
+from layerwise.lowbit.migration import EXACT, Link, apart, exponents, move_
 from layerwise.method import apply_plan, step_of
-from layerwise.migration import EXACT, Link, apart, exponents, move_
 from layerwise.model import UniversalModel
 from layerwise.plan import CompressionPlan
 from layerwise.supplies import Supplies

@@ -10,9 +10,9 @@ from torch import nn
 
 from layerwise.compress.weight_only import WeightOnly
 from layerwise.data import Batch
+from layerwise.lowbit.packed import PackedWeight
 from layerwise.method import apply_plan, step_of
 from layerwise.model import UniversalModel
-from layerwise.packed import PackedWeight
 from layerwise.plan import CompressionPlan
 from layerwise.saved import save_model
 from tests.models import CASES

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from layerwise.actions import Assignment, Entry, Table
+from layerwise.planning.actions import Assignment, Entry, Table
 
 Damages = Mapping[tuple[str, str], float]  # (layer, action) → nats, in the place of the table's own
 

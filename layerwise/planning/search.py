@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import nn
 
-from layerwise.actions import KEEP, Assignment, Entry, Table
-from layerwise.blocks import bytes_of
-from layerwise.effects import Effect, Meter
-from layerwise.solve import kept, solve
+from layerwise.planning.actions import KEEP, Assignment, Entry, Table
+from layerwise.planning.blocks import bytes_of
+from layerwise.planning.effects import Effect, Meter
+from layerwise.planning.solve import kept, solve
 from layerwise.supplies import Supplies
 from layerwise.tensors import byte_size, nonzero_count, parameter_count
 

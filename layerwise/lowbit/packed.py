@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from layerwise.errors import UsageError
-from layerwise.grid import Grid, Levels, pack, unpack
+from layerwise.lowbit.grid import Grid, Levels, pack, unpack
 
 aten = torch.ops.aten
 COPIES = {aten.detach.default, aten.clone.default, aten.alias.default, aten._to_copy.default}  # what gives a packed weight again

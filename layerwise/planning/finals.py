@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from layerwise.effects import Meter
 from layerwise.energy import energy
 from layerwise.errors import LayerwiseError, TargetMissed
 from layerwise.measure import costs, evaluate, latency
 from layerwise.plan import Candidate, CompressionPlan, Step
+from layerwise.planning.effects import Meter
 from layerwise.supplies import Supplies
 from layerwise.target import Target
 

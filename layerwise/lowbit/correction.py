@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from layerwise.data import Data
-from layerwise.grid import Grid, Levels
 from layerwise.hessians import hessians, reads_alike
+from layerwise.lowbit.grid import Grid, Levels
+from layerwise.lowbit.packed import PackedWeight, as_matrix, place_
+from layerwise.lowbit.rounding import Chosen, compared, group_steps, steps_off
 from layerwise.matrices import Matrix
 from layerwise.method import Check
 from layerwise.model import UniversalModel
-from layerwise.packed import PackedWeight, as_matrix, place_
-from layerwise.rounding import Chosen, compared, group_steps, steps_off
 from layerwise.tensors import dense, state
 
 BLOCK = 128  # columns whose errors are spread among themselves before the rest hears of them

@@ -19,7 +19,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from layerwise import trees
-from layerwise.blocks import Blocks, build_each, installed
 from layerwise.counts import Counts
 from layerwise.data import Batch, Data
 from layerwise.errors import LayerwiseError
@@ -28,6 +27,7 @@ from layerwise.method import Applied, CompressionMethod, apply_plan
 from layerwise.model import UniversalModel
 from layerwise.patching import Replacement
 from layerwise.plan import CompressionPlan
+from layerwise.planning.blocks import Blocks, build_each, installed
 from layerwise.replay import Replay
 from layerwise.supplies import Supplies
 from layerwise.task import task_named

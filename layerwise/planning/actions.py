@@ -1,8 +1,8 @@
 """What can be done to a layer, and what it costs and spoils: the table that plans are solved from.
 
 An `Action` is nothing, one method with its settings, or one that lowers the parameters followed by one that stores them in fewer
-bits. Every figure of a single action is measured (`layerwise.tabulate`); those of a pair are estimated from its parts until the
-pair itself is built, and say so.
+bits. Every figure of a single action is measured (`layerwise.planning.tabulate`); those of a pair are estimated from its parts
+until the pair itself is built, and say so.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Menu:
 
 @dataclass(frozen=True)
 class Entry:
-    """One layer under one action: its own costs, and the `damage` ± `stderr` in nats per sample (see `layerwise.effects`).
+    """One layer under one action: its own costs, and the `damage` ± `stderr` in nats per sample (see `planning.effects`).
 
     `latency` is what the layer's time changes by, in ms per batch, 0 where it is below the noise or was not asked for.
     `estimated`: from its parts, not measured.

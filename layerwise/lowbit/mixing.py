@@ -15,10 +15,10 @@ from torch import Tensor
 
 from layerwise.data import Data
 from layerwise.errors import UsageError
-from layerwise.grid import Grid
+from layerwise.lowbit.grid import Grid
+from layerwise.lowbit.packed import PackedWeight
 from layerwise.matrices import Matrix
 from layerwise.model import UniversalModel
-from layerwise.packed import PackedWeight
 from layerwise.task import Fidelity
 
 PROBE = 3  # bits at which the damage is measured: it stands out of float32, and the model still works

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from layerwise.actions import KEEP, Action, Entry, Menu, Table
-from layerwise.blockcosts import arguments_of, block_costs, rest_of, time_blocks
-from layerwise.blocks import bytes_of
-from layerwise.effects import Effect, Meter
 from layerwise.errors import MissingDependency, TargetMissed
+from layerwise.planning.actions import KEEP, Action, Entry, Menu, Table
+from layerwise.planning.blockcosts import arguments_of, block_costs, rest_of, time_blocks
+from layerwise.planning.blocks import bytes_of
+from layerwise.planning.effects import Effect, Meter
 from layerwise.structure import Layer
 from layerwise.supplies import Supplies
 from layerwise.tensors import byte_size

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from layerwise.grid import Grid
+from layerwise.lowbit.grid import Grid
+from layerwise.lowbit.packed import PackedWeight, place_
 from layerwise.matrices import Matrix, worth
 from layerwise.method import Check
 from layerwise.model import UniversalModel
-from layerwise.packed import PackedWeight, place_
 from layerwise.tensors import dense, differing, state
 
 HALF_STEP = 0.5 * (1 + 2.0**-8)  # scales are rounded up to float16, and products to the weight's type

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from layerwise.actions import Menu, Table, label_of, stage
-from layerwise.effects import Effect, Meter
 from layerwise.errors import LayerwiseError
 from layerwise.measure import time_paired
 from layerwise.method import CompressionMethod, step_of
 from layerwise.plan import CompressionPlan
+from layerwise.planning.actions import Menu, Table, label_of, stage
+from layerwise.planning.effects import Effect, Meter
+from layerwise.planning.tabulate import TOO_SLOW, left_out
 from layerwise.supplies import Supplies
-from layerwise.tabulate import TOO_SLOW, left_out
 from layerwise.tensors import byte_size
 
 
