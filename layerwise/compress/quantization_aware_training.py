@@ -108,6 +108,7 @@ def _fake(module: nn.Linear, bits: int, group: int) -> Any:
         raise missing_dependency("torchao", "quant", "quantization_aware_training") from error
     blocks = PerGroup(group) if module.in_features % group == 0 else PerAxis(0)
     config = IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), blocks, is_symmetric=True)
-    stand_in = FakeQuantizedLinear.from_linear(module, weight_config=config)
+    with torch.random.fork_rng(devices=[]):  # its constructor draws weights, which nobody sees
+        stand_in = FakeQuantizedLinear.from_linear(module, weight_config=config)
     stand_in.weight, stand_in.bias = module.weight, module.bias
     return stand_in.train(module.training)
