@@ -116,7 +116,7 @@ def section(result: dict[str, Any]) -> str:
     from layerwise.benchmark.cutting import why_not
 
     rows, misses = [], list[str]()
-    for group in GROUPS:
+    for group in (g for g in GROUPS if any(r["group"] == g for r in result["rows"])):
         built = [r for r in result["rows"] if r["group"] == group and r["built"]]
         good = [r for r in built if not why_not(r)]
         left = sorted(r["parameters"][1] / r["parameters"][0] for r in good)
@@ -126,9 +126,12 @@ def section(result: dict[str, Any]) -> str:
         rows.append(f"| {group} | {share} | {asked} | {plain or '–'} | {left[len(left) // 2] if left else 0:.2f} |")
         misses += [f"| {group} | {r['name']} | {why_not(r)[:200].replace('|', '/')} |" for r in built if why_not(r)]
     head = ["| group | works, of those built | asked | `from_pretrained` loads it alone | parameters left (median) |"]
+    done = Counter(r["group"] for r in result["rows"])
+    open_ = ", ".join(f"{n - done[g]} of {n} of {g}" for g, n in result["listed"].items() if done[g] < n)
     unbuilt = Counter(r["group"] for r in result["rows"] if not r["built"])
     said = ", ".join(f"{n} of {group}" for group, n in unbuilt.items()) or "none"
     table = [*head, "|---|---|---|---|---|", *rows, "", f"Not built here, and not counted: {said}.", ""]
+    table += [f"Not yet run: {open_}.", ""] if open_ else []
     missed = ["What does not work:", "", "| group | model | why |", "|---|---|---|", *misses]
     return "\n".join([SAID, "", *table, *missed])
 
