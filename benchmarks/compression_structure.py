@@ -35,12 +35,12 @@ def main() -> None:
     records = list(judged(chosen))
     if chosen.groups or chosen.only:
         return  # a part is no result
+    from layerwise.benchmark.catalogue import GROUPS as CATALOGUE
     from layerwise.files import write_atomic
 
-    write_atomic(
-        RESULTS,
-        json.dumps({"command": COMMAND, **machine(), "rows": records}, indent=1) + "\n",
-    )
+    listed = {group: len(CATALOGUE[group].names()) for group in GROUPS}
+    result = {"command": COMMAND, **machine(), "listed": listed, "rows": records}
+    write_atomic(RESULTS, json.dumps(result, indent=1) + "\n")
 
 
 def arguments() -> argparse.Namespace:
