@@ -68,7 +68,7 @@ def _same_settings(before: UniversalModel, after: UniversalModel, layers: Sequen
     """The failed check, if there is one."""
     new = dict(after.module.named_modules(remove_duplicate=False))
     kept = [(n, m) for n, m in before.module.named_modules(remove_duplicate=False) if not f"{n}.".startswith(gone)]
-    other = [n for n, m in kept if repr(settings_of(m)) != repr(settings_of(new[n]))]
+    other = [n for n, m in kept if repr(sorted(settings_of(m).items())) != repr(sorted(settings_of(new[n]).items()))]
     for name in layers:
         stand_in = new[name]
         if not isinstance(stand_in, PassThrough) or stand_in.cached_as != cache_index(before.layer(name).module):

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from layerwise.model import UniversalModel
 from layerwise.supplies import Supplies
 from layerwise.tensors import state
 from layerwise.training import Given, KeptZeros, TrainingSettings, kept_zeros, loop, only_training, train_, training_output
+from tests.conftest import ROOT
 from tests.training.nets import Net, batches, supplies, universal
 
 RECIPE = TrainingSettings(epochs=3, learning_rate=0.03, keep_best=False)
@@ -80,6 +84,7 @@ def test_killed_in_the_middle_of_an_epoch_it_ends_at_the_same_bits(tmp_path: Pat
     train_(whole, supplies(), settings=RECIPE)
     child = os.fork()
     if child == 0:  # no finally, no flush: as `kill -9`
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
         train_(universal(), supplies(checkpoint=tmp_path, progress=lambda n, _: n == 6 and os._exit(9)), settings=RECIPE)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
@@ -200,7 +205,7 @@ def test_what_cannot_be_trained_is_refused_in_words() -> None:
 SHARED = replace(RECIPE, optimizer="sgd", learning_rate=0.1, clip=0.0)
 
 
-def _in_each_process(folder: str) -> None:
+def in_each_process(folder: str) -> None:
     """What the launcher runs; the first process writes its weights, under the number of those that really worked together."""
     from accelerate import PartialState
 
@@ -212,18 +217,26 @@ def _in_each_process(folder: str) -> None:
         save_file(weights(model), f"{folder}/{PartialState().num_processes}")
 
 
+def _launched(folder: Path, processes: int) -> None:
+    """The launcher forks, so it starts from a process that has computed nothing: OpenMP's threads do not survive a fork."""
+    code = (
+        "from accelerate import debug_launcher; from tests.training.test_loop import in_each_process; "
+        f"debug_launcher(in_each_process, ({str(folder)!r},), num_processes={processes})"
+    )
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=settings, check=True, timeout=240)
+
+
 def test_one_and_two_processes_through_accelerate_give_the_same_weights(tmp_path: Path) -> None:
     """Fails if gradients are averaged instead of summed, or samples of unequal shares (7 = 3 + 4) count unequally."""
-    try:
-        from accelerate import debug_launcher
-    except ImportError:
+    if find_spec("accelerate") is None:
         with pytest.raises(MissingDependency, match=r"layerwise\[train\]"):
             train_(universal(), supplies(executor="accelerate"))
         pytest.skip("accelerate is not installed; the error says how to get it")
     plain = universal(dropout=0.0, norm=False)
     train_(plain, replace(supplies(executor="local"), training=Data.of(batches(4, size=7))), settings=SHARED)
     for processes in (1, 2):  # each in processes of its own: Accelerate keeps what it found first
-        debug_launcher(_in_each_process, (str(tmp_path),), num_processes=processes)
+        _launched(tmp_path, processes)
         found = load_file(tmp_path / str(processes))
         for name, tensor in weights(plain).items():
             bound = {"rtol": 0.0, "atol": 0.0} if processes == 1 else {"rtol": 1e-4, "atol": 1e-6}
