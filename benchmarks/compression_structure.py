@@ -108,7 +108,8 @@ def machine() -> dict[str, Any]:
 SAID = """A quarter of the units (attention heads or groups of them, hidden units, inner channels) of every layer, chosen by
 magnitude, nothing set by hand and nothing trained. Counted is a model that has fewer parameters, whose outputs are those of the
 uncut model with the same units masked (largest difference ≤ 1e-5 of the largest output, float32), and which a process that never
-saw it builds again to the same outputs. Random weights (seed 0): what is shown is that the cut is right, not that it is good."""
+saw it builds again to the same outputs. Random weights (seed 0): what is shown is that the cut is right, not that it is good.
+Finished rows are kept, so a row is as old as the code that made it; `--fresh` makes all of them anew."""
 
 
 def section(result: dict[str, Any]) -> str:
