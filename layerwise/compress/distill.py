@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from layerwise.distillation import Distillation, paired_layers
@@ -11,7 +11,7 @@ from layerwise.method import METHODS, Check, CompressionMethod
 from layerwise.model import UniversalModel
 from layerwise.structure import Layer
 from layerwise.supplies import NOTHING, Supplies
-from layerwise.training import TrainingSettings, kept_zeros, train_, untrainable, zeros_kept
+from layerwise.training import kept_zeros, recipe_of, train_, untrainable, zeros_kept
 
 
 @METHODS.register("distill")
@@ -49,7 +49,7 @@ class Distill(CompressionMethod):
 
     def __post_init__(self) -> None:
         self.objective().chosen()
-        self.recipe()
+        recipe_of(self)
 
     def objective(self) -> Distillation:
         return Distillation(
@@ -62,9 +62,6 @@ class Distill(CompressionMethod):
             self.layer_map,
             self.cache,
         )
-
-    def recipe(self) -> TrainingSettings:
-        return TrainingSettings(**{f.name: getattr(self, f.name) for f in fields(TrainingSettings)})
 
     @property
     def whole(self) -> bool:
@@ -81,7 +78,7 @@ class Distill(CompressionMethod):
         return replace(self, layer_map=pairs) if pairs else self
 
     def apply_(self, model: UniversalModel, layers: Sequence[str], supplies: Supplies = NOTHING) -> None:
-        train_(model, supplies, self.objective(), self.recipe(), after_step=kept_zeros(model.module))
+        train_(model, supplies, self.objective(), recipe_of(self), after_step=kept_zeros(model.module))
 
     def reshape_(self, model: UniversalModel, layers: Sequence[str]) -> None:
         """Nothing: the structure stays, and what was learned comes with the weights."""

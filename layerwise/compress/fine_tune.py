@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 from layerwise.errors import UsageError
@@ -11,7 +11,7 @@ from layerwise.method import METHODS, Check, CompressionMethod
 from layerwise.model import UniversalModel
 from layerwise.structure import Layer
 from layerwise.supplies import NOTHING, Supplies
-from layerwise.training import TrainingSettings, kept_zeros, only_training, train_, untrainable, zeros_kept
+from layerwise.training import kept_zeros, only_training, recipe_of, train_, untrainable, zeros_kept
 
 SCOPES = ("model", "layers")
 
@@ -43,10 +43,7 @@ class FineTune(CompressionMethod):
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:
             raise UsageError(f"fine_tune: unknown scope {self.scope!r}.", remedy=f"Known: {', '.join(SCOPES)}.")
-        self.recipe()
-
-    def recipe(self) -> TrainingSettings:
-        return TrainingSettings(**{f.name: getattr(self, f.name) for f in fields(TrainingSettings)})
+        recipe_of(self)
 
     @property
     def whole(self) -> bool:
@@ -58,7 +55,7 @@ class FineTune(CompressionMethod):
     def apply_(self, model: UniversalModel, layers: Sequence[str], supplies: Supplies = NOTHING) -> None:
         chosen = [model.layer(name).module for name in layers] if self.scope == "layers" else [model.module]
         with only_training(model.module, chosen):
-            train_(model, supplies, settings=self.recipe(), after_step=kept_zeros(model.module))
+            train_(model, supplies, settings=recipe_of(self), after_step=kept_zeros(model.module))
 
     def reshape_(self, model: UniversalModel, layers: Sequence[str]) -> None:
         """Nothing: the structure stays, and what was learned comes with the weights."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from layerwise.sparsity import lowest, quantized, weights_of, zero_, zeros_off
 from layerwise.structure import Layer
 from layerwise.supplies import NOTHING, Supplies
 from layerwise.tensors import distinct
-from layerwise.training import KeptZeros, TrainingSettings, train_, untrainable
+from layerwise.training import KeptZeros, recipe_of, train_, untrainable
 
 
 @METHODS.register("lottery_ticket")
@@ -52,12 +52,7 @@ class LotteryTicket(CompressionMethod):
         for setting, least in (("rounds", 1), ("early_epochs", 0)):
             if getattr(self, setting) < least:
                 raise UsageError(f"lottery_ticket: {setting} is {getattr(self, setting)!r}, and must be at least {least}.")
-        self.recipe()
-
-    def recipe(self) -> TrainingSettings:
-        own = {f.name for f in fields(self)}
-        chosen = {f.name: getattr(self, f.name) for f in fields(TrainingSettings) if f.name in own}
-        return TrainingSettings(**chosen, keep_best=False)
+        recipe_of(self, keep_best=False)
 
     @property
     def amount(self) -> float:
@@ -76,17 +71,19 @@ class LotteryTicket(CompressionMethod):
         names = list(weights_of(model.module, layers))
         masks = [w == 0 for w in _live(model, names)]
         if self.early_epochs:
-            settings = replace(self.recipe(), epochs=self.early_epochs, schedule="constant")
+            settings = replace(recipe_of(self, keep_best=False), epochs=self.early_epochs, schedule="constant")
             train_(model, supplies.at("early"), settings=settings, after_step=_keeping(names, masks))
         early = {name: t.detach().clone() for name, t in distinct(model.module)}
         total, had = sum(m.numel() for m in masks), sum(int(m.sum()) for m in masks)
         for number in range(self.rounds):
-            train_(model, supplies.at(f"round{number}"), settings=self.recipe(), after_step=_keeping(names, masks))
+            train_(
+                model, supplies.at(f"round{number}"), settings=recipe_of(self, keep_best=False), after_step=_keeping(names, masks)
+            )
             count = max(round(total * (1 - (1 - self.rate) ** (number + 1))), had)
             masks = lowest(_live(model, names), count, torch.abs)
             _rewind_(model, early)
             zero_(_live(model, names), masks)
-        train_(model, supplies.at("ticket"), settings=self.recipe(), after_step=_keeping(names, masks))
+        train_(model, supplies.at("ticket"), settings=recipe_of(self, keep_best=False), after_step=_keeping(names, masks))
 
     def reshape_(self, model: UniversalModel, layers: Sequence[str]) -> None:
         """Nothing: the shapes stay, and the zeros come with the weights."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from layerwise.model import UniversalModel
 from layerwise.sparsity import lowest, quantized, weights_of, zero_, zeros_off
 from layerwise.structure import Layer
 from layerwise.supplies import NOTHING, Supplies
-from layerwise.training import TrainingSettings, train_, untrainable
+from layerwise.training import recipe_of, train_, untrainable
 
 SCOPES = ("local", "global")
 
@@ -55,12 +55,7 @@ class ProgressivePruning(CompressionMethod):
             raise UsageError(f"progressive_pruning: updates is {self.updates!r}, and must be at least 1.")
         if self.scope not in SCOPES:
             raise UsageError(f"progressive_pruning: unknown scope {self.scope!r}.", remedy=f"Known: {', '.join(SCOPES)}.")
-        self.recipe()
-
-    def recipe(self) -> TrainingSettings:
-        own = {f.name for f in fields(self)}
-        chosen = {f.name: getattr(self, f.name) for f in fields(TrainingSettings) if f.name in own}
-        return TrainingSettings(**chosen, keep_best=False)
+        recipe_of(self, keep_best=False)
 
     @property
     def whole(self) -> bool:
@@ -72,7 +67,7 @@ class ProgressivePruning(CompressionMethod):
 
     def apply_(self, model: UniversalModel, layers: Sequence[str], supplies: Supplies = NOTHING) -> None:
         ramp = Ramp(self, tuple(weights_of(model.module, layers)))
-        train_(model, supplies, settings=self.recipe(), before_step=ramp.before, after_step=ramp.after)
+        train_(model, supplies, settings=recipe_of(self, keep_best=False), before_step=ramp.before, after_step=ramp.after)
         ramp.prune_(model.module, self.amount)
 
     def share(self, done: float) -> float:

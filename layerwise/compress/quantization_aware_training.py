@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from layerwise.model import UniversalModel
 from layerwise.quiet import silence_import_noise
 from layerwise.structure import Layer
 from layerwise.supplies import NOTHING, Supplies
-from layerwise.training import TrainingSettings, kept_zeros, train_, untrainable, zeros_kept
+from layerwise.training import kept_zeros, recipe_of, train_, untrainable, zeros_kept
 
 LEAST, MOST = 2, 8
 
@@ -53,10 +53,7 @@ class QuantizationAwareTraining(CompressionMethod):
             raise UsageError(f"quantization_aware_training: bits is {self.bits!r}, and must lie in {LEAST} … {MOST}.")
         if self.group < 1:
             raise UsageError(f"quantization_aware_training: group is {self.group!r}, and must be at least 1.")
-        self.recipe()
-
-    def recipe(self) -> TrainingSettings:
-        return TrainingSettings(**{f.name: getattr(self, f.name) for f in fields(TrainingSettings)})
+        recipe_of(self)
 
     @property
     def whole(self) -> bool:
@@ -68,7 +65,7 @@ class QuantizationAwareTraining(CompressionMethod):
     def apply_(self, model: UniversalModel, layers: Sequence[str], supplies: Supplies = NOTHING) -> None:
         names = list(layers) or [layer.name for layer in model.layers if not self.treats(layer)]
         with rounded(model.module, names, self.bits, self.group):
-            train_(model, supplies, settings=self.recipe(), after_step=kept_zeros(model.module))
+            train_(model, supplies, settings=recipe_of(self), after_step=kept_zeros(model.module))
 
     def reshape_(self, model: UniversalModel, layers: Sequence[str]) -> None:
         """Nothing: the structure stays, and what was learned comes with the weights."""

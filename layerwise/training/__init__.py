@@ -11,10 +11,10 @@ from layerwise.training.loop import AfterStep, BeforeStep, only_training, train_
 from layerwise.training.masks import KeptZeros, kept_zeros, zeros_kept
 from layerwise.training.objective import TASK_LOSS, Given, Lesson, Objective, Portion, TaskLoss, task_loss, training_output
 from layerwise.training.record import Epoch, Trained
-from layerwise.training.settings import TrainingSettings
+from layerwise.training.settings import TrainingSettings, recipe_of
 
 __all__ = [
     "TASK_LOSS", "AfterStep", "BeforeStep", "Epoch", "Given", "KeptZeros", "Lesson", "Objective", "Portion", "TaskLoss",
-    "Trained", "TrainingSettings", "kept_zeros", "only_training", "task_loss", "train_", "training_output", "untrainable",
-    "zeros_kept",
+    "Trained", "TrainingSettings", "kept_zeros", "only_training", "recipe_of", "task_loss", "train_", "training_output",
+    "untrainable", "zeros_kept",
 ]  # fmt: skip

@@ -1,10 +1,15 @@
-"""`TrainingSettings`: the recipe, as plain data."""
+"""`TrainingSettings`: the recipe, as plain data.
+
+Methods that train repeat the fields that they offer: a method's settings are flat, so that a plan and the command line name them
+as they are, and a class that is used is not a base of others. `recipe_of` reads them back.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -79,6 +84,16 @@ class TrainingSettings:
         if self.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=self.learning_rate, momentum=self.momentum)
         return torch.optim.AdamW(groups, lr=self.learning_rate)
+
+
+def recipe_of(method: Any, **fixed: Any) -> TrainingSettings:
+    """The recipe in the settings of `method`, a dataclass; `fixed` are those that it does not leave to its user.
+
+    Raises `UsageError` for a setting that is out of range.
+    """
+    own = {f.name for f in fields(method)}
+    chosen = {f.name: getattr(method, f.name) for f in fields(TrainingSettings) if f.name in own}
+    return TrainingSettings(**chosen | fixed)
 
 
 RANGES = (
