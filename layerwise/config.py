@@ -81,7 +81,9 @@ class RunConfig(BaseModel):
     )
     targets: Names = Field(default=(), description="the budget, with commas: size<=0.5x, accuracy>=0.98x, latency<=20ms")
     ratio: float | None = Field(default=None, gt=0, lt=1, description="short for the target size<=RATIOx, between 0 and 1")
-    compress_methods: Names = Field(default=("auto",), description="ways to compress that the planner may use, with commas")
+    compress_methods: Names = Field(
+        default=("auto",), description="ways to compress that the planner may use, with commas: auto, NAME or NAME(setting=value)"
+    )
     recover: Names = Field(
         default=(), description="steps that learn on --train-data after the cut, with commas: fine_tune(epochs=2), distill"
     )

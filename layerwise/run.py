@@ -25,7 +25,7 @@ from layerwise.environment import environment, same_environment
 from layerwise.errors import CorruptRun, LayerwiseError, ProofFailed, TargetMissed, UsageError
 from layerwise.files import output_lock, staged_file, write_atomic
 from layerwise.importance import ImportanceReport
-from layerwise.method import METHODS, step_of
+from layerwise.method import METHODS, CompressionMethod, step_of
 from layerwise.model import UniversalModel
 from layerwise.plan import CompressionPlan
 from layerwise.result import CompressionResult, Measurement, Proof
@@ -254,7 +254,7 @@ def _analyze(walk: Walk, progress: Progress) -> None:
 def _plan(walk: Walk, progress: Progress) -> None:
     c = walk.config
     walk.plan = engine.plan(
-        walk.model, walk.report, c.all_targets, walk.data, methods_of(c.compress_methods), seed=c.seed, progress=progress
+        walk.model, walk.report, c.all_targets, walk.data, compressors_of(c.compress_methods), seed=c.seed, progress=progress
     )
     for remark in walk.plan.notes:
         walk.listener.note(remark)
@@ -262,7 +262,7 @@ def _plan(walk: Walk, progress: Progress) -> None:
 
 
 def _compress(walk: Walk, progress: Progress) -> None:
-    steps = [step_of(method, ()) for method in (built(METHODS, spec) for spec in walk.config.recover)]
+    steps = [step_of(method, ()) for method in recovery_of(walk.config)]
     result = engine.compress(
         walk.model,
         replace(walk.plan, steps=(*walk.plan.steps, *steps)),
@@ -365,6 +365,31 @@ def open_data(config: RunConfig, model: UniversalModel, spec: str, split: str | 
 def methods_of(names: tuple[str, ...]) -> str | list[str]:
     """Names as the verbs take them: ``auto`` alone is a word of its own."""
     return names[0] if len(names) == 1 else list(names)
+
+
+def compressors_of(names: tuple[str, ...]) -> str | list[str | CompressionMethod]:
+    """As the planner takes them: ``auto``, a name for all its variants, ``NAME(setting=value)`` for exactly these settings.
+
+    Raises `UsageError` with the nearest name of a method or setting.
+    """
+    if names == ("auto",):
+        return "auto"
+    made = {name: built(METHODS, name) for name in names}
+    return [made[name] if "(" in name else name for name in names]
+
+
+def recovery_of(config: RunConfig) -> list[CompressionMethod]:
+    """The methods of ``recover``. Raises `UsageError` for an unknown one, and (LW-C15) where they lack data to learn from."""
+    methods = [built(METHODS, spec) for spec in config.recover]
+    for method in methods:
+        trainable(config, method)
+    return methods
+
+
+def trainable(config: RunConfig, method: CompressionMethod) -> None:
+    """Raises `UsageError` (LW-C15) where `method` learns and the settings name no data for it."""
+    if "training" in method.needs and not (config.train_data or config.train_split or config.train_limit):
+        raise UsageError(f"{method.name} needs training data.", place="--train-data", remedy="Name them.", code="LW-C15")
 
 
 def artifact_of(entry: str) -> tuple[str, dict[str, str]]:

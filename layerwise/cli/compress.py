@@ -18,6 +18,7 @@ from layerwise.errors import UsageError
 from layerwise.spec import built, split_specs
 
 if TYPE_CHECKING:
+    from layerwise.method import CompressionMethod
     from layerwise.model import UniversalModel
     from layerwise.plan import CompressionPlan, Step
 
@@ -44,18 +45,23 @@ def command(config: RunConfig, screen: Screen, *, plan: PlanFile = None, method:
     Methods that learn (fine_tune, distill) do so on --train-data.
     """
     from layerwise import engine
-    from layerwise.run import open_training, require_proven
+    from layerwise.method import METHODS
+    from layerwise.plan import CompressionPlan
+    from layerwise.run import open_training, require_proven, trainable
 
     if (plan is None) == (method is None):
         raise UsageError("Give either --plan FILE or --method NAME.", place="--plan", remedy="See --help.", code="LW-C03")
     pattern = checks.compiled(layers or "")
+    chosen = [built(METHODS, spec) for spec in split_specs(method or "")]  # a wrong name is told before minutes of loading
+    for one in chosen:
+        trainable(config, one)
     sources = [*checked(config), *([checks.readable(plan, "--plan")] if plan else [])]
     out = checks.output(config.out, sources, force=config.force, kind="folder") if config.out else None
     model = open_model(config, screen)
     data = open_data(config, model, screen)
     assert data is not None  # needed above
     model.see(data[0])
-    steps = _plan(model, plan, method, pattern, screen)
+    steps = CompressionPlan.load(plan) if plan else _plan(model, chosen, pattern, screen)
     training = open_training(config, model)
     with screen.progress("Cutting and proving") as progress:
         result = engine.compress(model, steps, data, training=training, progress=progress)
@@ -68,25 +74,19 @@ def command(config: RunConfig, screen: Screen, *, plan: PlanFile = None, method:
     return 1 if result.missed() else 0
 
 
-def _plan(
-    model: UniversalModel, file: Path | None, methods: str | None, pattern: re.Pattern[str], screen: Screen
-) -> CompressionPlan:
-    """The plan in `file`, or one step for each of the `methods` that the flags describe."""
+def _plan(model: UniversalModel, methods: list[CompressionMethod], pattern: re.Pattern[str], screen: Screen) -> CompressionPlan:
+    """One step for each of the methods that the flags describe."""
     from layerwise.plan import CompressionPlan
 
-    if file is not None:
-        return CompressionPlan.load(file)
-    assert methods is not None  # one of the two is given
     names = checks.matching(pattern, [layer.name for layer in model.layers])
-    steps = [_step(spec, model, names, screen, chosen=bool(pattern.pattern)) for spec in split_specs(methods)]
+    steps = [_step(method, model, names, screen, chosen=bool(pattern.pattern)) for method in methods]
     return CompressionPlan(tuple(steps), model=model.fingerprint)
 
 
-def _step(spec: str, model: UniversalModel, names: list[str], screen: Screen, *, chosen: bool) -> Step:
-    """`spec` on the layers `names`; where nobody has `chosen` them, those that it cannot treat are left out and named."""
-    from layerwise.method import METHODS, step_of, untreated
+def _step(method: CompressionMethod, model: UniversalModel, names: list[str], screen: Screen, *, chosen: bool) -> Step:
+    """`method` on the layers `names`; where nobody has `chosen` them, those that it cannot treat are left out and named."""
+    from layerwise.method import step_of, untreated
 
-    method = built(METHODS, spec)
     if method.trains:
         return step_of(method, ())
     refused = {} if chosen else untreated(method, model, names)

@@ -26,13 +26,14 @@ def command(config: RunConfig, screen: Screen, *, report: ReportFile = None) -> 
     from layerwise import engine
     from layerwise.files import write_atomic
     from layerwise.importance import ImportanceReport
-    from layerwise.run import methods_of
+    from layerwise.run import compressors_of
     from layerwise.target import Target
 
     if report is None:
         raise UsageError("--report is missing: the file that `layerwise analyze --out` wrote.", code="LW-C03")
     if not config.all_targets:
         raise UsageError("--targets is missing: the budget.", remedy="Write for example --targets 'size<=0.5x'.", code="LW-C03")
+    compressors = compressors_of(config.compress_methods)  # an unknown name is told before minutes of loading
     targets = [Target.parse(text) for text in config.all_targets]
     sources = [*checked(config), checks.readable(report, "--report", kind="any")]
     out = checks.output(config.out, sources, force=config.force) if config.out else None
@@ -40,9 +41,7 @@ def command(config: RunConfig, screen: Screen, *, report: ReportFile = None) -> 
     model = open_model(config, screen)
     data = open_data(config, model, screen)
     with screen.progress("Choosing what to cut") as progress:
-        found = engine.plan(
-            model, scores, targets, data, methods_of(config.compress_methods), seed=config.seed, progress=progress
-        )
+        found = engine.plan(model, scores, targets, data, compressors, seed=config.seed, progress=progress)
     if out:
         write_atomic(out, found.to_yaml())
     screen.document(found.to_dict())

@@ -77,16 +77,14 @@ def _check_names(config: RunConfig) -> None:
     """Unknown names of methods, targets and formats are told before anything is loaded."""
     from layerwise import engine
     from layerwise.artifact import exporter_for
-    from layerwise.method import METHODS
-    from layerwise.run import artifact_of, methods_of
+    from layerwise.run import artifact_of, compressors_of, methods_of, recovery_of
     from layerwise.target import Target
 
     engine.chosen_analyzers(methods_of(config.methods))
     for text in config.all_targets:
         Target.parse(text)
-    for name in config.compress_methods:
-        if name != "auto":
-            METHODS[name]
+    compressors_of(config.compress_methods)
+    recovery_of(config)
     for entry in config.export:
         name, settings = artifact_of(entry)
         exporter_for(Path(name), settings)

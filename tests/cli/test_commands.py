@@ -148,7 +148,7 @@ def test_run_by_config_file_with_a_flag_on_top(
 
 
 def test_an_unknown_method_is_told_before_anything_is_loaded(
-    project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    project: Project, base: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("layerwise.engine.load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     assert main(project.run("out", "--methods", "fischer_information")) == 2
@@ -157,6 +157,13 @@ def test_an_unknown_method_is_told_before_anything_is_loaded(
     assert "'.onnx'" in capsys.readouterr().err
     assert main(project.run("out3", "--targets", "sise<=1x")) == 2
     assert "Did you mean 'size'?" in capsys.readouterr().err
+    assert main(project.run("out4", "--compress-methods", "weight_only(bit=4)")) == 2
+    assert "Did you mean 'bits'?" in capsys.readouterr().err
+    for flags in (["run", "--out", "out5", "--targets", "size<=1x", "--recover"], ["compress", "--method"]):
+        verb, *rest = flags
+        for wrong, said in (("fine_tunee", "Did you mean 'fine_tune'?"), ("fine_tune", "LW-C15 --train-data: fine_tune needs")):
+            assert main([verb, *base, *rest, wrong]) == 2
+            assert said in capsys.readouterr().err
 
 
 def test_an_empty_leaderboard_says_so(capsys: pytest.CaptureFixture[str]) -> None:
