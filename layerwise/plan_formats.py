@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,13 @@ def _linears(plan: CompressionPlan, name: str, about: About) -> dict[str, Storag
     for layer, storage in storages(plan).items():
         for path, module in about.module.get_submodule(layer).named_modules():
             if isinstance(module, nn.Linear):
-                found[f"{layer}.{path}" if path else layer] = storage
+                found[f"{layer}.{path}" if path else layer] = _divided(storage, module)
     return found
+
+
+def _divided(storage: Storage, module: nn.Linear) -> Storage:
+    """The storage with one scale for a whole row where groups do not divide it: neither tool takes a shorter last group."""
+    return replace(storage, group=0) if storage.group and module.in_features % storage.group else storage
 
 
 # ---- llama.cpp

@@ -78,6 +78,19 @@ def test_llm_compressor_gets_one_group_per_storage_with_every_linear_layer() -> 
     assert channel["weights"]["strategy"] == "channel"
 
 
+def test_a_width_that_groups_do_not_divide_gets_one_scale_per_row_in_both_tools() -> None:
+    model = CASES["llama"].model()
+    group = next(g for g in (24, 40, 48) if model.module.model.layers[0].mlp.down_proj.in_features % g)
+    asked = plan((WeightOnly(4, group), ["model.layers.0"]))
+    stages = yaml.safe_load(asked.to_format("llm-compressor", model))["layerwise_stage"]["quantization_modifiers"]
+    found = {path: g["weights"] for g in stages["QuantizationModifier"]["config_groups"].values() for path in g["targets"]}
+    said = json.loads(asked.to_format("torchao", model))["config"]["_data"]["fqn_to_config"]
+    for path, weights in found.items():
+        divides = model.module.get_submodule(path).in_features % group == 0
+        assert (weights["strategy"] == "group") == divides, path
+        assert ("PerGroup" in json.dumps(said[path])) == divides, path
+
+
 def test_onnx_lists_the_nodes_of_the_layers(tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     case = CASES["residual"]
