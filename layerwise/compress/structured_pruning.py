@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 from layerwise.coupling import Group, Tested, coupled
 from layerwise.coupling.choice import Floats, activations, lowest, magnitudes, random, taylor
+from layerwise.coupling.numbers import Number, get, set_
 from layerwise.coupling.slicing import Cut, cut_, cuts_of, left, read, silenced, written
-from layerwise.coupling.trial import Number, get, set_
 from layerwise.errors import UsageError, nearest
 from layerwise.method import METHODS, Check, CompressionMethod, exactly
 from layerwise.model import UniversalModel

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 
 from layerwise.coupling.groups import Group, Place, grouped
 from layerwise.coupling.labelling import labelled
-from layerwise.coupling.trial import Number, Tested, structure, tested
+from layerwise.coupling.likeness import structure
+from layerwise.coupling.numbers import Number
+from layerwise.coupling.trial import Tested, tested
 from layerwise.model import UniversalModel
 
 REMEMBERED = 16

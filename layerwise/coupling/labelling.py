@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from layerwise import trees
-from layerwise.coupling.labels import Labels, along, compact, line, unique, varying
-from layerwise.coupling.rules import Layers, made, pointwise, rule_of
+from layerwise.coupling.labels import Labels, Layers, along, compact, line, unique, varying
+from layerwise.coupling.rules import made, pointwise, rule_of
 from layerwise.data import Batch
 from layerwise.trace import evaluating, run, unfused
 

@@ -24,6 +24,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 Numbers = NDArray[np.int64]
+Layers = list[Tensor]
 MOST = 1 << 22  # elements of a grid
 
 
@@ -218,6 +219,24 @@ def compact(layer: Tensor) -> Tensor:
         if bool((layer == first).all()):
             layer = first.expand(layer.shape)
     return layer
+
+
+def reshaped(layer: Tensor, shape: Sequence[int]) -> Tensor:
+    """`layer.reshape(shape)`, dimensions that stay at both ends cut to one element where labels do not vary along them."""
+    shape = tuple(shape)
+    lead = 0
+    while lead < min(layer.dim(), len(shape)) and layer.shape[lead] == shape[lead]:
+        lead += 1
+    tail = 0
+    while tail < min(layer.dim(), len(shape)) - lead and layer.shape[-1 - tail] == shape[-1 - tail]:
+        tail += 1
+    small, form = layer, list(shape)
+    ends = [*range(lead), *range(-tail, 0)]
+    for dim in ends:
+        if layer.shape[dim] > 1 and not layer.stride(dim):
+            small = small.narrow(dim, 0, 1)
+            form[dim] = 1
+    return compact(small.reshape(form)).expand(shape) if layer.numel() else layer.reshape(shape)
 
 
 def along(line: Tensor, dim: int, shape: Sequence[int]) -> Tensor:

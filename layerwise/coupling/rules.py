@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from layerwise import trees
-from layerwise.coupling.labels import along, compact, line, unique, varying
+from layerwise.coupling.labels import along, compact, line, reshaped, unique, varying
+from layerwise.coupling.products import addmm, bmm, convolution, grouped_mm, linear, mm, mv
 
 if TYPE_CHECKING:
     from layerwise.coupling.labelling import Labelling
 
-Layers = list[Tensor]
 Rule = Callable[["Labelling", Any, Any, Any, Any], None]
 
 # what moves elements: done to the labels as it is done to the tensor
@@ -281,92 +281,6 @@ def _scatter(on: Labelling, func: Any, args: Any, kwargs: Any, result: Tensor) -
     on.put(result, [layer.expand(result.shape) for layer in on.joined(parts, sizes)])
 
 
-def _mm(on: Labelling, func: Any, args: Any, kwargs: Any, result: Tensor) -> None:
-    a, b = args[:2]
-    on.put(result, [layer[0] for layer in on.product(a, b, _batched(on, a), _batched(on, b), (1, *result.shape))])
-
-
-def _bmm(on: Labelling, func: Any, args: Any, kwargs: Any, result: Tensor) -> None:
-    on.put(result, on.product(args[0], args[1], on.layers(args[0]), on.layers(args[1]), result.shape))
-
-
-def _addmm(on: Labelling, func: Any, args: Any, kwargs: Any, result: Tensor) -> None:
-    (_mm if result.dim() == 2 else _bmm)(on, func, args[1:3], {}, result)
-    on.put(result, on.together([args[0], result], result.shape))
-
-
-def _grouped_mm(on: Labelling, func: Any, args: Any, kwargs: Any, result: Tensor) -> None:
-    """Rows times one of several matrices each: what tells these apart is chosen by numbers, the rest is as in one product."""
-    rows, stack = args[:2]
-    if rows.dim() != 2 or stack.dim() != 3:
-        return _unknown(on, func, args, kwargs, result)
-    for layer in on.layers(stack):
-        if 0 in varying(layer):
-            on.labels.fix(layer, "it is chosen by numbers")
-    right = [layer.narrow(0, 0, 1) for layer in on.layers(stack) if 0 not in varying(layer)]
-    on.put(result, [layer[0] for layer in on.product(rows, stack, _batched(on, rows), right, (1, *result.shape))])
-    return None
-
-
-def _mv(on: Labelling, func: Any, args: Any, kwargs: Any, result: Tensor) -> None:
-    for tensor in args[:2]:
-        on.fix(tensor, "a product with a vector takes it")
-
-
-def _linear(on: Labelling, func: Any, args: Any, kwargs: Any, result: Tensor) -> None:
-    x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias")
-    flat = result.reshape(-1, result.shape[-1])
-    left = [reshaped(layer, (1, flat.shape[0], x.shape[-1])) for layer in on.layers(x)]
-    right = [layer.t().unsqueeze(0) for layer in on.layers(weight)]
-    found = on.product(x, weight, left, right, (1, *flat.shape))
-    on.put(result, [reshaped(layer[0], result.shape) for layer in found])
-    if bias is not None:
-        on.put(result, on.together([bias, result], result.shape))
-
-
-def _batched(on: Labelling, tensor: Tensor) -> Layers:
-    return [layer.unsqueeze(0) for layer in on.layers(tensor)]
-
-
-def _convolution(on: Labelling, func: Any, args: Any, kwargs: Any, result: Tensor) -> None:
-    x, weight, bias = args[:3]
-    transposed, groups = bool(args[6]), int(args[8])
-    flat = [on.labels.unite(layer, [d for d in varying(layer) if d != 1], "a convolution mixes it") for layer in on.layers(x)]
-    entering = [line(layer, 1) for layer in flat if 1 in varying(layer)]
-    rows, columns = (1, 0) if transposed else (0, 1)
-    into = [line(layer, columns) for layer in on.layers(weight) if columns in varying(layer)]
-    out = [line(layer, rows) for layer in on.layers(weight) if rows in varying(layer)]
-    pure = on.pure(weight) and not on.pure(x)
-    if groups == 1:
-        on.contract(entering, into, eats=pure)
-        if pure:
-            on.labels.given += [unique(layer) for layer in out]
-    else:
-        out = _grouped(on, entering, into, out, groups, (x.shape[1], result.shape[1]), transposed)
-    on.put(result, [along(layer, 1, result.shape) for layer in out])
-    if bias is not None:
-        on.put(result, on.together([result, bias], result.shape, at=1))
-
-
-def _grouped(
-    on: Labelling, entering: Layers, into: Layers, out: Layers, groups: int, sizes: tuple[int, int], transposed: bool
-) -> Layers:
-    """Whole groups go: what enters one, its rows, and what leaves it. The dimension that all groups share stays."""
-    own, shared = (into, out) if transposed else (out, into)  # the dimension of the weight that all groups make up
-    for layer in shared:
-        on.labels.fix(layer, "all groups of a convolution share it")
-    folded = [layer.reshape(groups, -1) for layer in (*entering, *own)]
-    whole = [on.labels.unite(layer, [1], "a group of a convolution goes as a whole") for layer in folded]
-    if not entering:
-        for layer in own:
-            on.labels.fix(layer, "a grouped convolution reads channels of fixed size")
-        return []
-    first = [layer[:, 0] for layer in whole]
-    for layer in first[1:]:
-        on.labels.meet(first[0], layer, "it meets what stays", both=True)
-    return [first[0][:, None].expand(groups, sizes[1] // groups).reshape(-1)]
-
-
 def _complex(on: Labelling, func: Any, args: Any, kwargs: Any, result: Tensor) -> None:
     last = args[0].dim() - 1
     found = [on.labels.unite(layer, [last], "complex numbers are made of it") for layer in on.layers(args[0])]
@@ -411,29 +325,11 @@ RULES: dict[str, Rule] = {
     "_native_batch_norm_legit": _batch_norm, "cudnn_batch_norm": _batch_norm, "native_group_norm": _group_norm,
     "constant_pad_nd": _pad, "cat": _cat, "stack": _cat, "embedding": _embedding, "index": _index,
     "_unsafe_index": _index, "index_select": _pick, "gather": _pick, "index_add": _scatter, "scatter": _scatter,
-    "scatter_add": _scatter, "index_copy": _scatter, "scatter_reduce": _scatter, "mm": _mm, "bmm": _bmm,
-    "addmm": _addmm, "baddbmm": _addmm, "linear": _linear, "_grouped_mm": _grouped_mm, "mv": _mv, "dot": _mv, "addmv": _mv,
-    "convolution": _convolution, "_convolution": _convolution, "view_as_complex": _complex, "view_as_real": _real,
+    "scatter_add": _scatter, "index_copy": _scatter, "scatter_reduce": _scatter, "mm": mm, "bmm": bmm,
+    "addmm": addmm, "baddbmm": addmm, "linear": linear, "_grouped_mm": grouped_mm, "mv": mv, "dot": mv, "addmv": mv,
+    "convolution": convolution, "_convolution": convolution, "view_as_complex": _complex, "view_as_real": _real,
     "_fft_r2c": _fft, "_fft_c2c": _fft, "_fft_c2r": _fft, "copy_": _copy, "im2col": _im2col,
 }  # fmt: skip
-
-
-def reshaped(layer: Tensor, shape: Sequence[int]) -> Tensor:
-    """`layer.reshape(shape)`, dimensions that stay at both ends cut to one element where labels do not vary along them."""
-    shape = tuple(shape)
-    lead = 0
-    while lead < min(layer.dim(), len(shape)) and layer.shape[lead] == shape[lead]:
-        lead += 1
-    tail = 0
-    while tail < min(layer.dim(), len(shape)) - lead and layer.shape[-1 - tail] == shape[-1 - tail]:
-        tail += 1
-    small, form = layer, list(shape)
-    ends = [*range(lead), *range(-tail, 0)]
-    for dim in ends:
-        if layer.shape[dim] > 1 and not layer.stride(dim):
-            small = small.narrow(dim, 0, 1)
-            form[dim] = 1
-    return compact(small.reshape(form)).expand(shape) if layer.numel() else layer.reshape(shape)
 
 
 def _several(result: Any) -> list[Tensor]:

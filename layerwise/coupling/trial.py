@@ -8,11 +8,9 @@ computes what the uncut block computes without the unit.
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -21,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from layerwise import trees
-from layerwise.coupling.groups import Group, live
-from layerwise.coupling.slicing import Cut, cut_, cuts_of, silenced
+from layerwise.coupling.groups import Group
+from layerwise.coupling.likeness import likeness
+from layerwise.coupling.numbers import COUNTED, Number, candidates, counts_heads, kept, put_back_, rescale_
+from layerwise.coupling.slicing import cut_, cuts_of, silenced
 from layerwise.data import Batch
 from layerwise.errors import LayerwiseError
 from layerwise.trace import evaluating, run, unfused
@@ -31,15 +31,6 @@ BOUND = 1e-5
 EIGHT = 8  # rows of 16 bits each that some kernels read at once
 ANOTHER = "what it gives beside its output has another shape"
 MOST, PATIENCE = 200, 30.0  # sets of numbers tried for one group, and seconds
-COUNTED = ("head", "kv_group")  # kinds whose number the modules keep
-STANDARD = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-
-
-class Number(NamedTuple):
-    """A whole number that a module, or an object it holds, keeps: ``path`` is ``num_heads`` or ``config.num_heads``."""
-
-    module: str
-    path: str
 
 
 @dataclass(frozen=True)
@@ -76,7 +67,7 @@ def tested(
         home = inside[group.name]
         if home not in calls:
             continue
-        key = _likeness(blocks[home], home, group)
+        key = likeness(blocks[home], home, group)
         if key not in known:
             known[key] = _search(_Trial.of_call(blocks[home], home, calls[home]), group)
             if known[key].reason == ANOTHER:  # and nobody may mind
@@ -242,7 +233,7 @@ def _searched(trial: _Trial, group: Group, step: int) -> _Finding:
     if not reason:
         return _Finding(_completed(trial, changed, wanted, (), group), step)
     started = time.monotonic()
-    for subset in itertools.islice(_subsets(_candidates(changed, trial.own(group))), MOST):
+    for subset in itertools.islice(_subsets(candidates(changed, trial.own(group))), MOST):
         if time.monotonic() - started > PATIENCE:
             break
         numbers = tuple(n for entry in subset for n in entry)
@@ -260,16 +251,11 @@ def _completed(
     if group.kind not in COUNTED:
         return numbers
     share = (group.units - 1, group.units)
-    for entry in _candidates(changed, trial.own(group)):
-        more = tuple(n for n in entry if n not in numbers and _counts_heads(n))
+    for entry in candidates(changed, trial.own(group)):
+        more = tuple(n for n in entry if n not in numbers and counts_heads(n))
         if more and not _differs_with(trial, changed, wanted, numbers + more, share):
             numbers += more
     return numbers
-
-
-def _counts_heads(number: Number) -> bool:
-    """By its name: one that says how many, and not how large."""
-    return "." not in number.path and "head" in number.path and not re.search("dim|size|head$", number.path)
 
 
 def _differs_with(
@@ -277,7 +263,7 @@ def _differs_with(
 ) -> str:
     with ExitStack() as stack:
         for number in numbers:
-            stack.callback(_put, changed, number, _holder(changed, number), get(changed, number))
+            stack.callback(put_back_, changed, number, kept(changed, number))
             rescale_(changed, number, *share)
         return trial.differs(changed, wanted)
 
@@ -285,94 +271,6 @@ def _differs_with(
 def _subsets(entries: Sequence[tuple[Number, ...]]) -> Iterator[tuple[tuple[Number, ...], ...]]:
     for size in range(1, len(entries) + 1):
         yield from itertools.combinations(entries, size)
-
-
-def _candidates(module: nn.Module, group: Group) -> list[tuple[Number, ...]]:
-    """Numbers that equal a size which changed, likely ones first. Those of one name and value change together, but for those of
-    modules that hold a cut weight themselves.
-    """
-    owners = {p.name.rpartition(".")[0] for p in group.places}
-    around = _around(module, owners, [b for b in group.blocks if f"{b}." in "".join(f"{o}." for o in owners)])
-    sizes = {p.size for p in group.places}
-    parts = {p.size // n for p in group.places for n in (2, 3) if p.size % n == 0 and p.indices.shape[1] > 1}
-    heads = {group.units * n for n in range(1, 65) if group.kind in COUNTED and any(s % (group.units * n) == 0 for s in sizes)}
-    found: dict[tuple[Any, ...], list[Number]] = {}
-    for name, part in module.named_modules():
-        if isinstance(part, STANDARD) or name not in around:
-            continue
-        for path, value in numbers_of(part):
-            known = value == group.units or value in sizes | parts or ("head" in path and value in heads)
-            if value > 1 and known and value * (group.units - 1) % group.units == 0:
-                key = (path, value, name if name in owners else "")
-                found.setdefault(key, []).append(Number(name, path))
-    likely = sorted(found, key=lambda k: (not k[2], "head" not in k[0], "." in k[0], k[1] not in sizes))
-    return [tuple(found[key]) for key in likely]
-
-
-def _around(module: nn.Module, owners: Iterable[str], blocks: Sequence[str]) -> set[str]:
-    """The modules in `blocks` that hold the owners of the cut weights, and helpers without weights in them."""
-    found = {""}
-    for owner in owners:
-        parts = owner.split(".")
-        found |= {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
-    near = {owner.rpartition(".")[0] for owner in owners}
-    for name, part in module.named_modules():
-        if name.rpartition(".")[0] in near and not any(True for _ in part.parameters()):
-            found.add(name)
-    if blocks:
-        found = {name for name in found if any(f"{name}.".startswith(f"{b}.") for b in blocks)}
-    return found
-
-
-def numbers_of(part: nn.Module) -> Iterator[tuple[str, int]]:
-    """Every whole number that the module keeps, itself or in a plain object."""
-    for key, value in vars(part).items():
-        if _whole(value):
-            yield key, value
-        elif (
-            not key.startswith("_")
-            and hasattr(value, "__dict__")
-            and not isinstance(value, nn.Module | Tensor | type)
-            and not callable(value)
-        ):
-            yield from ((f"{key}.{k}", v) for k, v in vars(value).items() if _whole(v))
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def get(module: nn.Module, number: Number) -> int:
-    """Its value now."""
-    holder: Any = module.get_submodule(number.module)
-    for key in number.path.split("."):
-        holder = getattr(holder, key)
-    return holder
-
-
-def rescale_(module: nn.Module, number: Number, kept: int, total: int) -> None:
-    """The number times kept/total. An object that others may share is copied for this module first."""
-    set_(module, number, get(module, number) * kept // total)
-
-
-def set_(module: nn.Module, number: Number, value: int) -> None:
-    """An object that other modules may share is copied for this module."""
-    part = module.get_submodule(number.module)
-    first, _, rest = number.path.partition(".")
-    if rest:
-        own = copy.copy(getattr(part, first))
-        setattr(own, rest, value)
-        setattr(part, first, own)
-    else:
-        setattr(part, first, value)
-
-
-def _holder(module: nn.Module, number: Number) -> Any:
-    return getattr(module.get_submodule(number.module), number.path.partition(".")[0])
-
-
-def _put(module: nn.Module, number: Number, holder: Any, value: int) -> None:
-    setattr(module.get_submodule(number.module), number.path.partition(".")[0], holder)
 
 
 def _first_calls(module: nn.Module, batch: Batch, blocks: Mapping[str, nn.Module]) -> dict[str, tuple[Any, Any]]:
@@ -396,42 +294,4 @@ def _first_calls(module: nn.Module, batch: Batch, blocks: Mapping[str, nn.Module
     return calls
 
 
-def _likeness(block: nn.Module, name: str, group: Group) -> str:
-    """Equal for groups that are alike in blocks that are alike: what was found for one holds for all."""
-    places = [
-        (p.name.removeprefix(f"{name}."), p.dim, p.size, p.indices.tolist() if group.units < 64 else p.indices.shape)
-        for p in group.places
-    ]
-    return structure(block) + hashlib.sha256(repr(places).encode()).hexdigest()
-
-
-def structure(module: nn.Module, *, skip: Iterable[str] = ("layer_idx", "layer_id", "layer_index", "idx")) -> str:
-    """A digest of classes, shapes, plain settings and what the forwards do, without the weights."""
-    left = frozenset(skip)
-    digest = hashlib.sha256()
-    for name, tensor in live(module).items():
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-    seen: dict[int, str] = {}
-    for name, part in module.named_modules():
-        plain = {
-            k: v for k, v in vars(part).items() if k not in left and isinstance(v, int | float | str | tuple) and k != "training"
-        }
-        digest.update(f"{name}{type(part).__module__}{type(part).__qualname__}{sorted(plain.items(), key=str)}".encode())
-        code = getattr(type(part).forward, "__code__", None)  # a class may be written anew under its name
-        digest.update(f"{code.co_code!r}{code.co_names}".encode() if code else b"")
-        for key, value in vars(part).items():
-            if (
-                not key.startswith("_")
-                and hasattr(value, "__dict__")
-                and not isinstance(value, nn.Module | Tensor | type)
-                and not callable(value)
-            ):
-                if id(value) not in seen:
-                    seen[id(value)] = str(
-                        sorted(((k, v) for k, v in vars(value).items() if isinstance(v, int | float | str)), key=str)
-                    )
-                digest.update(seen[id(value)].encode())
-    return digest.hexdigest()
-
-
-__all__ = ["Cut", "Number", "Tested", "get", "near", "set_", "structure", "tested"]
+__all__ = ["Tested", "near", "tested"]
