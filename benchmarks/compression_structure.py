@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -68,6 +69,7 @@ def judged(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from layerwise.benchmark.cutting import why_not
     from layerwise.benchmark.store import Store
 
+    made_by = {"commit": commit()}
     store, workers = Store(OUT, "1"), [Worker(__file__, "--worker", folder=ROOT) for _ in range(2)]
     for group in chosen.groups or GROUPS:
         for name in CATALOGUE[group].names():
@@ -78,7 +80,7 @@ def judged(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
             if record is None and chosen.collect:
                 continue
             if record is None or (chosen.failed and why_not(record)):
-                record = one(workers, group, name) | {"kinds": list(CATALOGUE[group].kinds(name))}
+                record = one(workers, group, name) | {"kinds": list(CATALOGUE[group].kinds(name))} | made_by
                 store.replace(piece, record)
                 print(group, name, record.get("seconds", ""), why_not(record)[:300] or "ok", flush=True)
             yield record
@@ -97,6 +99,12 @@ def one(workers: list[Worker], group: str, name: str) -> dict[str, Any]:
         return record
 
 
+def commit() -> str:
+    """The code that makes the rows: short hash and subject."""
+    said = subprocess.run(["git", "log", "-1", "--format=%h %s"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return said.stdout.strip()
+
+
 def machine() -> dict[str, Any]:
     from layerwise.config import RunConfig
     from layerwise.environment import environment
@@ -107,8 +115,9 @@ def machine() -> dict[str, Any]:
 
 SAID = """A quarter of the units (attention heads or groups of them, hidden units, inner channels) of every layer, chosen by
 magnitude, nothing set by hand and nothing trained. Counted is a model that has fewer parameters, whose outputs are those of the
-uncut model with the same units masked (largest difference ≤ 1e-5 of the largest output, float32), and which a process that never
-saw it builds again to the same outputs. Random weights (seed 0): what is shown is that the cut is right, not that it is good.
+uncut model with the same units masked (largest difference ≤ 1e-5 of the largest output in float32; where that is missed by less
+than a hundredfold, ≤ 1e-7 in float64), and which a process that never saw it builds again to the same outputs. Random weights
+(seed 0): what is shown is that the cut is right, not that it is good.
 Finished rows are kept, so a row is as old as the code that made it; `--fresh` makes all of them anew."""
 
 
@@ -128,10 +137,14 @@ def section(result: dict[str, Any]) -> str:
         misses += [f"| {group} | {r['name']} | {why_not(r)[:200].replace('|', '/')} |" for r in built if why_not(r)]
     head = ["| group | works, of those built | asked | `from_pretrained` loads it alone | parameters left (median) |"]
     done = Counter(r["group"] for r in result["rows"])
+    finer = [r["name"] for r in result["rows"] if r.get("in_double")]
     open_ = ", ".join(f"{n - done[g]} of {n} of {g}" for g, n in result["listed"].items() if done[g] < n)
+    made = Counter(r.get("commit", "earlier code") for r in result["rows"])
     unbuilt = Counter(r["group"] for r in result["rows"] if not r["built"])
     said = ", ".join(f"{n} of {group}" for group, n in unbuilt.items()) or "none"
     table = [*head, "|---|---|---|---|---|", *rows, "", f"Not built here, and not counted: {said}.", ""]
+    table += ["Rows were made by " + "; ".join(f"`{name}` ({n})" for name, n in made.most_common()) + ".", ""]
+    table += [f"Over the bound in float32 by rounding, and within 1e-7 in float64: {', '.join(finer)}.", ""] if finer else []
     table += [f"Not yet run: {open_}.", ""] if open_ else []
     missed = ["What does not work:", "", "| group | model | why |", "|---|---|---|", *misses]
     return "\n".join([SAID, "", *table, *missed])

@@ -69,3 +69,9 @@ def differing(a: Tensor, b: Tensor) -> int:
         return max(a.numel(), 1)
     parts = zip(flattened("", a).values(), flattened("", b).values(), strict=True)
     return sum(int((x != y).sum()) for x, y in parts if x.numel())
+
+
+def unbounded_alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with 0 where both are the same infinity, as masked scores are: there they do not differ, and ∞ − ∞ is no number."""
+    same = (a == b) & a.isinf()
+    return (a.masked_fill(same, 0), b.masked_fill(same, 0)) if bool(same.any()) else (a, b)

@@ -17,7 +17,8 @@ from layerwise.compress.drop_layers import DropLayers
 from layerwise.compress.half_precision import HalfPrecision
 from layerwise.compress.int8_dynamic import Int8Dynamic
 from layerwise.compress.magnitude_pruning import MagnitudePruning
-from layerwise.data import Data
+from layerwise.compress.structured_pruning import StructuredPruning
+from layerwise.data import Batch, Data
 from layerwise.method import CompressionMethod, apply_plan, step_of
 from layerwise.model import UniversalModel
 from layerwise.plan import CompressionPlan
@@ -207,6 +208,42 @@ def test_a_result_that_does_not_run_fails_with_the_reason() -> None:
     assert all(p.passed is False for p in found.values())
     assert "mat1 and mat2" in found["masked_equivalence"].detail
     assert "cannot be measured" in found["shrinkage"].detail
+
+
+class Drowned(nn.Module):
+    """Sixteen hidden units at a time are added to a large number, which goes again: float32 rounds to 2e-4 each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.share = nn.Linear(16, 128), nn.Linear(128, 16), 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        total = x.new_full(x.shape, 4000.0)
+        for hidden, weight in zip(self.up(x).relu().split(16, -1), self.down.weight.split(16, 1), strict=True):
+            total = total + hidden @ weight.T
+        return x + self.share * (total - 4000.0)
+
+
+@pytest.mark.parametrize(("share", "holds"), [(1.0, True), (1.0001, False)])
+def test_rounding_and_a_wrong_cut_are_told_apart_in_float64(share: float, holds: bool) -> None:
+    """The outputs differ by about as much in float32; the fault is in a setting, which no comparison of tensors finds."""
+    torch.manual_seed(0)
+    example = Batch((torch.randn(64, 16),))
+    model = UniversalModel(nn.Sequential(*(Drowned() for _ in range(3))).eval(), example=example)
+    steps = plan((StructuredPruning(), ["0", "1", "2"]))
+    applied = apply_plan(model, steps)
+    applied.model.module[1].share = share
+    (proof,) = proofs.equivalence(model, applied.model, applied.plan, [example])
+    assert proof.passed is holds
+    assert "float64" in proof.detail
+    assert proof.measured > 1e-6 if not holds else proof.measured < 1e-12
+
+
+def test_the_same_infinities_do_not_differ() -> None:
+    masked = torch.tensor([1.0, -math.inf])
+    assert proofs.relative_error(masked, masked) == 0
+    assert not proofs.relative_error(masked, -masked) < math.inf
+    assert not proofs.relative_error(masked, torch.zeros(2)) < math.inf
 
 
 def test_missing_shrinkage_is_caught() -> None:

@@ -76,6 +76,7 @@ def _cut(group: str, name: str, folder: Path, method: CompressionMethod) -> dict
         "macs": [int(costs(m)["macs"]) for m in (model, applied.model)],
         "equivalence": proof.measured,
         "equivalent": proof.passed is True,
+        "in_double": "float64" in proof.detail,
         "said": "" if proof.passed else f"{proof.detail} {proof.layer}".strip(),
         "plain": (folder / "model" / "config.json").exists(),
     }

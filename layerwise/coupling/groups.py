@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
-from layerwise.coupling.labels import Labels, Numbers, Solution
+from layerwise.coupling.labels import ALONE, Labels, Numbers, Solution
 
 KINDS = ("head", "kv_group", "neuron", "channel")
 
@@ -134,7 +134,8 @@ def _reasons(labels: Labels, solution: Solution, owners: Mapping[str, str]) -> d
         if not solution.given[span.start : span.start + span.size].any():
             continue
         for root in roots[:4]:
-            reason = solution.fixed.get(int(root)) or (solution.mixed.get(int(root)) if len(roots) == 1 else None)
+            fixed, mixed = solution.fixed.get(int(root)), solution.mixed.get(int(root)) if len(roots) == 1 else None
+            reason = mixed if fixed == ALONE and mixed else fixed or mixed
             if reason:
                 found[owners[span.name]].setdefault(f"{span.name}: {reason}")
     return {block: "; ".join(list(reasons)[:3]) for block, reasons in found.items()}

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from layerwise import trees
-from layerwise.coupling.labels import Labels, Layers, along, compact, line, unique, varying
+from layerwise.coupling.labels import ALONE, Labels, Layers, along, compact, line, unique, varying
 from layerwise.coupling.rules import made, pointwise, rule_of
 from layerwise.data import Batch
 from layerwise.trace import evaluating, run, unfused
@@ -67,7 +67,7 @@ class Labelling(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         given = [t for _, t in trees.tensors((args, kwargs))]
-        if any(self.known.get(t) for t in given):
+        if any(self.known.get(t) for t in given) and not made(func):
             self._follow(func, args, kwargs, result)
         elif isinstance(result, Tensor):
             self._follow_blank(func, given, result)
@@ -124,7 +124,7 @@ class Labelling(TorchDispatchMode):
         for layer in self.layers(tensor):
             dims = set(varying(layer))
             if not dims:
-                self.labels.fix(layer, "it is used alone")
+                self.labels.fix(layer, ALONE)
             elif any(dims & set(varying(other)) for other in kept) and (moved is None or not self.pure(moved)):
                 self._overlapping(kept, layer)
             else:

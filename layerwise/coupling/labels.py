@@ -26,6 +26,7 @@ from torch import Tensor
 Numbers = NDArray[np.int64]
 Layers = list[Tensor]
 MOST = 1 << 22  # elements of a grid
+ALONE = "it is used alone"  # what is left of labels after all that they differ along was mixed, or one was picked
 
 
 class Span(NamedTuple):

@@ -70,7 +70,16 @@ def numbers_of(part: nn.Module) -> Iterator[tuple[str, int]]:
             and not isinstance(value, nn.Module | Tensor | type)
             and not callable(value)
         ):
-            yield from ((f"{key}.{k}", v) for k, v in vars(value).items() if _whole(v))
+            yield from ((f"{key}.{k}", v) for k, v in vars(value).items() if _whole(v) and _given(value, k))
+
+
+def _given(value: Any, key: str) -> bool:
+    """Whether code can read it: a configuration whose layers differ in a number refuses to give one for all."""
+    try:
+        getattr(value, key)
+    except Exception:  # whatever a class of somebody else raises
+        return False
+    return True
 
 
 def _whole(value: Any) -> bool:

@@ -151,7 +151,9 @@ def _layer_norm(on: Labelling, func: Any, args: Any, kwargs: Any, result: Any) -
 def _batch_norm(on: Labelling, func: Any, args: Any, kwargs: Any, result: Any) -> None:
     x, tensor = args[0], _several(result)[0]
     vectors = [t for t in args[1:5] if isinstance(t, Tensor)]
-    on.put(tensor, on.layers(x))
+    counted = len(args) > 5 and args[5] is True  # its statistics are of what it is given: of a weight that it standardizes, say
+    mixed = [d for d in range(x.dim()) if d != 1] if counted else []
+    on.put(tensor, [on.labels.unite(layer, mixed, "a norm mixes it") for layer in on.layers(x)])
     on.put(tensor, on.together([tensor, *vectors], tensor.shape, at=1))
 
 
@@ -277,7 +279,8 @@ def _scatter(on: Labelling, func: Any, args: Any, kwargs: Any, result: Tensor) -
     for tensor in (x, source):
         found = [on.labels.unite(layer, [dim], "it is looked up by numbers") for layer in on.layers(tensor)]
         parts.append([layer.narrow(dim, 0, 1) for layer in found])
-        sizes.append({d for d in range(x.dim()) if d != dim and tensor.shape[d] > 1})
+        blank = on.blanks.get(tensor, frozenset())
+        sizes.append({d for d in range(x.dim()) if d != dim and tensor.shape[d] > 1} - blank)
     on.put(result, [layer.expand(result.shape) for layer in on.joined(parts, sizes)])
 
 

@@ -25,10 +25,12 @@ from layerwise.coupling.numbers import COUNTED, Number, candidates, counts_heads
 from layerwise.coupling.slicing import cut_, cuts_of, silenced
 from layerwise.data import Batch
 from layerwise.errors import LayerwiseError
+from layerwise.tensors import unbounded_alike
 from layerwise.trace import evaluating, run, unfused
 
 BOUND = 1e-5
-EIGHT = 8  # rows of 16 bits each that some kernels read at once
+STEPS = (8, 4)  # units that some kernels want at a time: 16 bytes of 16 bits or of 32 each
+FAILS = "the forward fails"
 ANOTHER = "what it gives beside its output has another shape"
 MOST, PATIENCE = 200, 30.0  # sets of numbers tried for one group, and seconds
 
@@ -36,7 +38,7 @@ MOST, PATIENCE = 200, 30.0  # sets of numbers tried for one group, and seconds
 @dataclass(frozen=True)
 class Tested:
     """A group that can be cut, with the numbers that then shrink by the same share, and how many units go at a time: some kernels
-    want whole eights.
+    want whole eights or fours.
     """
 
     group: Group
@@ -45,8 +47,8 @@ class Tested:
 
     @property
     def example(self) -> tuple[Group, list[int]]:
-        """As few units as can be cut, from the middle."""
-        return self.group, _middle(self.group, self.step)
+        """A quarter of the units, from the middle: code that halves what it is given takes one less without a word."""
+        return self.group, _middle(self.group, max(self.group.units // 4 // self.step, 1) * self.step)
 
 
 def tested(
@@ -56,8 +58,9 @@ def tested(
     if not groups:
         return [], {}
     whole = _Trial.of_model(module, batch)
-    if not any(g.kind in COUNTED for g in groups) and not whole.failure([(g, _middle(g)) for g in groups]):
-        return [Tested(g) for g in groups], {}
+    simple = [Tested(g) for g in groups if g.kind not in COUNTED]
+    if len(simple) == len(groups) and not whole.failure([t.example for t in simple]):
+        return simple, {}
     found: list[Tested] = []
     refused: dict[str, str] = {}
     inside = {g.name: _home(g, blocks) for g in groups}
@@ -169,7 +172,7 @@ class _Trial:
             found = self.run(module)
         except Exception as error:  # whatever code raises on sizes that it does not expect
             words = str(error).strip().splitlines() or [""]
-            return f"the forward fails: {words[0][:160]}"
+            return f"{FAILS}: {words[0][:160]}"
         if len(found) != len(wanted) or not wanted or found[0].shape != wanted[0].shape:
             return "the output has another shape"
         pairs = [(a, b) for a, b in zip(found, wanted, strict=True) if a.shape == b.shape]
@@ -193,6 +196,7 @@ def near(a: Tensor, b: Tensor) -> bool:
     """Whether the largest difference is within the bound of the largest value."""
     if not a.numel():
         return True
+    a, b = unbounded_alike(a, b)
     largest = float(b.abs().max())
     return bool(float((a - b).abs().max()) <= BOUND * (largest or 1.0))
 
@@ -214,12 +218,11 @@ class _Finding(NamedTuple):
 
 
 def _search(trial: _Trial, group: Group) -> _Finding:
-    """By single units, or else by eights."""
+    """By single units, or else by as many as a kernel takes."""
     finding = _searched(trial, group, 1)
-    if finding.reason and group.kind not in COUNTED and group.units >= 2 * EIGHT and group.units % EIGHT == 0:
-        again = _searched(trial, group, EIGHT)
-        return finding if again.reason else again
-    return finding
+    steps = [s for s in STEPS if group.kind not in COUNTED and group.units >= 2 * s and group.units % s == 0]
+    again = (_searched(trial, group, step) for step in steps if finding.reason)
+    return next((found for found in again if not found.reason), finding)
 
 
 def _searched(trial: _Trial, group: Group, step: int) -> _Finding:

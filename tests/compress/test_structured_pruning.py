@@ -287,6 +287,66 @@ def test_layers_that_differ_are_loaded_by_us_alone(tmp_path: Path) -> None:
     assert torch.equal(again.predict(case.batch(3)), result.model.predict(case.batch(3)))
 
 
+class Halved(nn.Module):
+    """A convolution in two halves, of which the first is added to the stream: the second stays too, or halves would be others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.inner, self.out = nn.Conv2d(8, 16, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.into(x).chunk(2, 1)
+        return x + first + self.out(self.inner(second).relu())
+
+
+class Refusing:
+    """A configuration that keeps a number and does not give it."""
+
+    def __init__(self) -> None:
+        self.size = 20
+
+    def __getattribute__(self, name: str) -> object:
+        if name == "size":
+            raise RuntimeError("it may vary from layer to layer")
+        return super().__getattribute__(name)
+
+
+class Summed(nn.Module):
+    """Rows added up by numbers into zeros of the model's making; as many hidden units as a kernel takes, which wants fours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.config = nn.Linear(8, 20), nn.Linear(20, 8), Refusing()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x).relu()
+        if hidden.shape[-1] % 4:
+            raise RuntimeError("strides should be multiple of 16 bytes")
+        total = hidden.new_zeros(hidden.shape).index_add_(0, torch.tensor([0, 1, 1, 0]), hidden)
+        return x + self.down(total)
+
+
+def stacked(block: type[nn.Module], example: Tensor) -> UniversalModel:
+    torch.manual_seed(0)
+    return UniversalModel(nn.Sequential(*(block() for _ in range(3))).eval(), example=Batch((example,)))
+
+
+def test_halves_of_which_one_stays_are_left_alone() -> None:
+    """One channel less would pass: 15 are halved into 8 and 7."""
+    model = stacked(Halved, torch.randn(2, 8, 4, 4))
+    result = pruned(model)
+    assert [tuple(b.inner.weight.shape) for b in result.model.module] == [(6, 8, 3, 3)] * 3  # type: ignore[attr-defined]
+    assert proof(model, result).passed
+
+
+def test_units_go_by_fours_and_are_followed_into_what_the_model_makes() -> None:
+    model = stacked(Summed, torch.randn(4, 8))
+    assert [t.step for t in coupled(model).groups] == [4, 4, 4]
+    result = pruned(model)
+    assert result.model.module[0].up.out_features == 16  # type: ignore[union-attr,index]  # a Sequential
+    assert proof(model, result).passed
+
+
 def test_it_can_be_pruned_again() -> None:
     model = text()
     once = pruned(model, ratio=0.5, prune_type="neuron")
