@@ -14,7 +14,7 @@ from layerwise.plan import CompressionPlan, Step
 ROOT = "model"  # the attribute under which the exporter wraps the module
 CONVOLUTIONS, PRODUCTS = ("Conv", "ConvTranspose"), ("Gemm", "MatMul")
 EIGHT = 8
-IMPLIED = {"int8_dynamic": EIGHT}  # methods whose settings do not say how many bits
+IMPLIED = {"int8_dynamic": EIGHT, "int8_static": EIGHT, "smooth_quant": EIGHT}  # methods whose settings do not say how many bits
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Int8Dynamic(CompressionMethod):
         return (f"int8_dynamic leaves {', '.join(left)} in {layer.name} as they are",) if left else ()
 
     def apply_(self, model: UniversalModel, layers: Sequence[str], supplies: Supplies = NOTHING) -> None:
-        torchao = _torchao()
+        torchao = torchao_for(self.name)
         chosen = {m for name in layers for m in linears(model.layer(name).module).values()}
         config = torchao.Int8DynamicActivationInt8WeightConfig()
         torchao.quantize_(model.module, config, filter_fn=lambda module, name: module in chosen)
@@ -58,7 +58,7 @@ class Int8Dynamic(CompressionMethod):
         if old.keys() != new.keys():
             return Check(1, 0, "the names of the tensors differ", min(old.keys() ^ new.keys()))
         chosen = {id(m.weight) for name in layers for m in linears(before.layer(name).module).values()}
-        steps = {name: _steps_off(t, new[name], quantized=id(t) in chosen) for name, t in old.items()}
+        steps = {name: steps_off(t, new[name], quantized=id(t) in chosen) for name, t in old.items()}
         worst = max(steps, key=lambda name: steps[name])
         # half a step, and a little for the rounding of scale·integer back to a float
         return Check(steps[worst], 0.501, "steps of the 8-bit grid between a weight and its original", worst)
@@ -84,7 +84,7 @@ def _weighty(module: nn.Module) -> set[nn.Module]:
     return {m for m in module.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))}
 
 
-def _steps_off(old: Tensor, new: Tensor, *, quantized: bool) -> float:
+def steps_off(old: Tensor, new: Tensor, *, quantized: bool) -> float:
     """The largest distance in steps of a row's grid; infinite when a tensor changed that should not have, or the reverse."""
     if old.shape != new.shape or quantized != (wraps(new) and not wraps(old)):
         return float("inf")
@@ -94,10 +94,11 @@ def _steps_off(old: Tensor, new: Tensor, *, quantized: bool) -> float:
     return float(((dense(new).float() - old.detach().float()).abs() / scale.float()).max())
 
 
-def _torchao() -> Any:
+def torchao_for(method: str) -> Any:
+    """torchao.quantization, or the error that says how `method` gets it."""
     silence_import_noise()
     try:
         import torchao.quantization
     except ImportError as error:
-        raise missing_dependency("torchao", "quant", "int8_dynamic") from error
+        raise missing_dependency("torchao", "quant", method) from error
     return torchao.quantization

@@ -32,7 +32,7 @@ def compact(module: nn.Module) -> Iterator[None]:
         for child in _quantized(module):
             parts = flattened("weight", child.weight)
             if parts["weight.qdata"].dtype == torch.int8 and "weight.scale" in parts:
-                stack.enter_context(replacing(child, _rounding(parts["weight.qdata"], parts["weight.scale"], child.bias)))
+                stack.enter_context(replacing(child, _rounding(parts, child.bias)))
         yield
 
 
@@ -49,13 +49,14 @@ def _quantized(module: nn.Module) -> list[nn.Linear]:
     return [m for m in module.modules() if isinstance(m, nn.Linear) and wraps(m.weight)]
 
 
-def _rounding(weight: Tensor, scale: Tensor, bias: Tensor | None) -> Replacement:
-    columns, steps = weight.t().contiguous(), scale.reshape(1, -1)
+def _rounding(parts: dict[str, Tensor], bias: Tensor | None) -> Replacement:
+    columns, steps = parts["weight.qdata"].t().contiguous(), parts["weight.scale"].reshape(1, -1)
+    fixed = parts.get("weight.act_quant_scale")  # else the steps are those of each row
 
     def forward(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         (x,) = (*args, *kwargs.values())
         rows = x.reshape(-1, x.shape[-1])
-        row_steps = (rows.abs().amax(-1, keepdim=True) / 127.5).clamp_min(SMALLEST)
+        row_steps = (rows.abs().amax(-1, keepdim=True) / 127.5).clamp_min(SMALLEST) if fixed is None else fixed.reshape(1, 1)
         whole = (rows * row_steps.reciprocal()).round().clamp(-128, 127).to(torch.int8)
         product = torch._int_mm(whole, columns).to(x.dtype) * row_steps * steps.to(x.dtype)
         if bias is not None:

@@ -30,14 +30,14 @@ FAMILIES = {
 }
 
 FEW = ("bert", "resnet", "residual")
-FOLLOWING = {"gptq", "mixed_precision"}  # they find and pack weights as weight_only does, which meets every family
+FOLLOWING = {"gptq", "mixed_precision", "int8_static"}  # they treat what weight_only or int8_dynamic do, which meet every family
 # the first settings meet every family, others one; so does what trains, which is no matter of the architecture
 PAIRS = [
     pytest.param(method, family, id=f"{label}-{family}")
     for label, method in METHOD_VARIANTS.items()
     for family in (["residual"] if not label.endswith("-0") or method.trains else FEW if method.name in FOLLOWING else FAMILIES)
 ]
-NEAR = {"half_precision", "int8_dynamic"}  # those that promise outputs near those of before, whatever the weights
+NEAR = {"half_precision", "int8_dynamic", "int8_static"}  # those that promise outputs near those of before, whatever the weights
 
 pytestmark = pytest.mark.parametrize(("method", "family"), PAIRS)
 

@@ -20,13 +20,14 @@ from layerwise.export import onnx as exporter
 from layerwise.method import METHODS, CompressionMethod, apply_plan, step_of
 from layerwise.model import UniversalModel
 from layerwise.plan import CompressionPlan
+from layerwise.supplies import Supplies
 from tests.models import CASES, ResidualNet
 
 
 def compressed(model: UniversalModel, method: CompressionMethod) -> UniversalModel:
     names = [layer.name for layer in model.layers if not method.treats(layer)]
     step = step_of(method, names[-2:] if method.selective else names)
-    return apply_plan(model, CompressionPlan((step,))).model
+    return apply_plan(model, CompressionPlan((step,)), Supplies(calibration=Data.of([model.example]))).model
 
 
 def run(artifact: Artifact, batch: Batch) -> np.ndarray:
@@ -68,6 +69,7 @@ def test_token_models_take_other_lengths(tmp_path: Path) -> None:
         (METHODS["half_precision"](dtype="float16"), True, ""),  # type: ignore[call-arg]
         (METHODS["half_precision"](dtype="bfloat16"), True, "no bfloat16 arithmetic"),  # type: ignore[call-arg]
         (METHODS["int8_dynamic"](), True, "MatMulInteger"),
+        (METHODS["int8_static"](), True, "MatMulInteger"),
         (METHODS["magnitude_pruning"](), False, ""),
     ],
     ids=lambda value: getattr(value, "name", None),
