@@ -377,6 +377,31 @@ def test_a_static_file_computes_the_rounded_net_in_float64(tmp_path: Path) -> No
     assert (off > 0.01).mean() < 0.01
 
 
+class Attention(nn.Module):
+    """One head over many tokens."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.qkv, self.out, self.head = nn.Linear(width, 3 * width), nn.Linear(width, width), nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x)[:, None].chunk(3, -1)
+        return self.head(self.out(nn.functional.scaled_dot_product_attention(q, k, v)[:, 0]).mean(1))
+
+
+def test_attention_stays_float_in_a_static_file(tmp_path: Path) -> None:
+    """onnxruntime would make integers of it, and its QLinearSoftmax loses small weights."""
+    torch.manual_seed(0)
+    model = UniversalModel(Attention().eval())
+    data = Data.of([torch.randn(4, 197, 16) + 1 for _ in range(2)])
+    artifact = export(model, tmp_path / "a.onnx", data, settings={"quantize": "static"})
+    assert len(artifact.figures["nodes"]) == 3
+    graph = onnx.load(artifact.path).graph
+    integers = {o for n in graph.node if n.op_type == "DequantizeLinear" for o in n.output}
+    products = [n for n in graph.node if n.op_type == "MatMul" and not {*n.input} <= integers]
+    assert len(products) == 2
+
+
 def test_auto_follows_what_holds_the_weights(static: Made) -> None:
     assert choose(ir.load(static.reference).graph, "auto", "").mode == "static"
     case = CASES["vit"]
