@@ -2,7 +2,7 @@
 
 A part is ``compression_NAME.py`` beside this file: run alone it writes ``results/compression_NAME.json``, and its `section` says
 the result in Markdown. ``--page`` only makes the page from the committed results, ``--record`` also writes their rows into the
-leaderboard (``--database URL``, else the user's own).
+leaderboard (``--database URL``, else the user's own) and says which have no place there, and why.
 """
 
 from __future__ import annotations
@@ -46,7 +46,12 @@ def main() -> None:
 
     write_atomic(PAGE, page(results()))
     if chosen.record:
-        print(f"{record(results(), chosen.database)} rows recorded")
+        from leaderboard import record
+
+        counts, left = record(results(), chosen.database)
+        for row in left:
+            print(f"not recorded: {row.row}: {row.reason}")
+        print(f"{sum(counts.values())} rows recorded ({', '.join(f'{part} {n}' for part, n in counts.items())}), {len(left)} not")
 
 
 def results() -> dict[str, dict[str, Any]]:
@@ -67,22 +72,6 @@ def page(found: dict[str, dict[str, Any]]) -> str:
 def made_by(result: dict[str, Any]) -> str:
     seeds = ", ".join(map(str, result.get("seeds", [])))
     return f"`{result['command']}`, on {result['device']} with {result['threads']} thread(s), seeds {seeds}."
-
-
-def record(found: dict[str, dict[str, Any]], database: str | None) -> int:
-    """Rows that say how large the model became and how good it is go into the leaderboard; how many they are."""
-    from layerwise.tracking import PerformanceTracker
-
-    tracker, count = PerformanceTracker(database), 0
-    for part, result in found.items():
-        for row in result["rows"]:
-            if {"ratio", "metrics", "task"} <= row.keys():
-                tracker.track_compression_performance(
-                    row["subject"], row["task"], row["ratio"], row["metrics"], methods=[f"{row['method']} ({part})"],
-                    seed=row.get("seed", 0), device=result["device"],
-                )  # fmt: skip
-                count += 1
-    return count
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ def show_leaderboard(frame: pd.DataFrame, screen: Screen) -> None:
             [
                 formats.DASH if row["rank"] is None else str(row["rank"]),
                 row["model"],
+                row["methods"] or formats.DASH,
                 formats.figure(quality, number(row["before"])),
                 formats.figure(quality, number(row["after"])),
                 formats.size(number(row["size"])),
@@ -60,8 +61,8 @@ def show_leaderboard(frame: pd.DataFrame, screen: Screen) -> None:
             ]
             for row in group
         ]
-        screen.say(f"{task} on {data}, {device}, by {quality}:")
-        screen.table(["rank", "model", "before", "after", "size", "ratio", "proven", "id"], rows, right=RIGHT)
+        screen.say(f"{task} on {data}, {device}{f', by {quality}' if quality else ''}:")
+        screen.table(["rank", "model", "methods", "before", "after", "size", "ratio", "proven", "id"], rows, right=RIGHT)
 
 
 def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:

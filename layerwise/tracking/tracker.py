@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
@@ -81,8 +81,8 @@ class PerformanceTracker:
         source, methods, before (metrics of the uncompressed model), folder, parent. The row has no proofs and ranks below
         those that do; the same figures again give the same row. Raises `UsageError` for what is no number or no field.
         """
-        values = reported_values(model_name, task, compression_ratio, metrics, more)
-        row = self.row(self._write(lambda session: _store(session, values, more.get("parent"), None)))
+        values, parent = reported(model_name, task, compression_ratio, metrics, **more)
+        row = self.row(self._write(lambda session: _store(session, values, parent, None)))
         return {
             "model": row["model"],
             "task": row["task"],
@@ -90,6 +90,14 @@ class PerformanceTracker:
             "metrics": row["after"]["metrics"],
             "timestamp": row["created"].isoformat(),
         }
+
+    def track_reported(self, rows: Iterable[Mapping[str, Any]]) -> list[int]:
+        """Store many figures in one transaction, all or none, and return their row ids in order.
+
+        Each of `rows` holds what `track_compression_performance` takes, by name; one that is there already gives its id.
+        """
+        values = [reported(**row) for row in rows]
+        return self._write(lambda session: [_store(session, columns, parent, None) for columns, parent in values])
 
     def track_report(self, report: ImportanceReport) -> str:
         """Store the layer scores of `report` and return its digest, under which a run refers to them."""
@@ -183,6 +191,13 @@ class PerformanceTracker:
 
     def _write(self, work: Callable[[Session], T]) -> T:
         return transact(self.engine, work, write=True, patience=self.patience)
+
+
+def reported(
+    model_name: str, task: str, compression_ratio: float, metrics: Mapping[str, float], **more: Any
+) -> tuple[dict[str, Any], int | None]:
+    """The columns of a reported row, and the row it came from."""
+    return reported_values(model_name, task, compression_ratio, metrics, more), more.get("parent")
 
 
 def _store(
