@@ -6,6 +6,10 @@ the labels alone, or under the teacher. Embeddings stay as they are. Contenders 
 recipe, and see the same batches in the same order. The epoch is never chosen by the test rows: the last one counts. ``--pilot``
 tries learning rates for the student WITHOUT a teacher on rows of seed 9, judged on training rows that no model saw; ``--rate``
 is everybody's. ``--all`` adds the contenders that only explain, ``--quick`` shows that it runs and writes nothing.
+
+``--equal`` is the fairer comparison, kept beside the first: the teacher, head and layers, is trained on the very rows that its
+student is given, so that it knows no more than the labels say; the rate is the pilot's best for the student without a teacher;
+and each objective stands alone too.
 """
 
 from __future__ import annotations
@@ -41,6 +45,7 @@ SUBJECT = "MiniLM + Banking77, 3 of 6 layers"
 SEEDS = (0, 1, 2)
 PER_CLASS, TAUGHT, EPOCHS, RATE, BATCH, LETTERS, TESTED = 10, 60, 4, 3e-4, 32, 100, 1540
 RATES = (1e-4, 3e-4, 1e-3)
+EQUAL, LOWER_RATES, TEACHER_RATE = "equal rows", (3e-5, 1e-4, 3e-4), 1e-4
 RECIPE = {
     "rows per intent": PER_CLASS,
     "teacher's rows per intent": TAUGHT,
@@ -59,55 +64,101 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="little data, one seed, one epoch; writes nothing")
     parser.add_argument("--all", action="store_true", help="also the contenders that only explain")
     parser.add_argument("--pilot", action="store_true", help="only try learning rates for the student without a teacher")
-    parser.add_argument("--rate", type=float, default=RATE, help="the learning rate of all contenders")
+    parser.add_argument(
+        "--rate", type=float, help=f"the learning rate of all contenders ({RATE:g}; with --equal the pilot's best)"
+    )
+    parser.add_argument("--equal", action="store_true", help="the teacher knows no rows but its student's")
     chosen = parser.parse_args()
     if chosen.pilot:
-        pilot()
-        return
-    seeds, per_class, taught_on, epochs, tested = (
-        ((0,), 2, 3, 1, 154) if chosen.quick else (SEEDS, PER_CLASS, TAUGHT, EPOCHS, TESTED)
-    )
-    teacher = taught(taught_on)
+        pilot(equal=chosen.equal)
+    elif chosen.equal:
+        equal_rows(chosen.rate, quick=chosen.quick)
+    else:
+        finished_teacher(chosen.rate or RATE, everything=chosen.all, quick=chosen.quick)
+
+
+def finished_teacher(rate: float, *, everything: bool, quick: bool) -> None:
+    """The teacher knows `TAUGHT` rows of each intent, its students a part of them."""
+    seeds, per_class, taught_on, epochs, tested = ((0,), 2, 3, 1, 154) if quick else (SEEDS, PER_CLASS, TAUGHT, EPOCHS, TESTED)
+    teacher = taught(texts("train", minilm_encoder(), 0, 0, taught_on))
     test = texts("test", teacher, 0, 0, None, tested)
     rows = [row(teacher, "teacher", 0, test), row(cut_student(teacher, 3), "untrained student", 0, test)]
     for seed in seeds:
-        training, memory = texts("train", teacher, seed, 0, per_class), Memory()  # what the teacher shows is shared
-        for name, terms in (CONTENDERS | EXPLAINING if chosen.all else CONTENDERS).items():
-            student, began = cut_student(teacher, 3), time.process_time()
-            supplies = Supplies(training=training, teacher=teacher, executor="local")
-            learn(student, supplies, Distillation(terms, memory=memory) if terms else TASK_LOSS, chosen.rate, epochs, seed)
-            rows.append(row(student, name, seed, test, time.process_time() - began))
-        if not chosen.quick:
-            write(rows, seeds[: seed + 1], chosen.rate)
+        training = texts("train", teacher, seed, 0, per_class)
+        rows += students(teacher, training, test, CONTENDERS | EXPLAINING if everything else CONTENDERS, rate, epochs, seed)
+        if not quick:
+            write({"seeds": list(seeds[: seed + 1]), "recipe": recipe(rate)}, rows)
 
 
-def write(rows: list[dict[str, Any]], seeds: Sequence[int], rate: float) -> None:
+def equal_rows(rate: float | None, *, quick: bool) -> None:
+    """A teacher for each seed, trained on its student's rows alone."""
+    seeds, per_class, epochs, tested = ((0,), 2, 1, 154) if quick else (SEEDS, PER_CLASS, EPOCHS, TESTED)
+    tried = {} if rate else pilot(equal=True, rates=LOWER_RATES[:1] if quick else LOWER_RATES, epochs=epochs)
+    rate = rate or max(tried, key=lambda candidate: tried[candidate])
+    rows = list[dict[str, Any]]()
+    for seed in seeds:
+        teacher, training = trained_on(per_class, epochs, seed)
+        test = texts("test", teacher, 0, 0, None, tested)
+        rows += [row(teacher, "teacher", seed, test), row(cut_student(teacher, 3), "untrained student", seed, test)]
+        rows += students(teacher, training, test, CONTENDERS | EXPLAINING, rate, epochs, seed)
+        if not quick:
+            about = {
+                "command": f"{COMMAND} --equal",
+                "seeds": list(seeds[: seed + 1]),
+                "recipe": recipe(rate, PER_CLASS) | {"teacher's learning rate": TEACHER_RATE},
+            }
+            write({EQUAL: about | {"pilot": {f"{r:g}": accuracy for r, accuracy in tried.items()}}}, rows, EQUAL)
+
+
+def trained_on(per_class: int, epochs: int, seed: int) -> tuple[UniversalModel, Data]:
+    """A teacher whose head was fitted, and whose layers were then trained, on the rows that its student is given; these rows."""
+    teacher = taught(texts("train", minilm_encoder(), seed, 0, per_class))
+    training = texts("train", teacher, seed, 0, per_class)
+    learn(teacher, Supplies(training=training, executor="local"), TASK_LOSS, TEACHER_RATE, epochs, seed)
+    return teacher, training
+
+
+def students(
+    teacher: UniversalModel, training: Data, test: Data, contenders: Mapping[str, tuple[str, ...]], rate: float, epochs: int,
+    seed: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The rows of one seed; what the teacher shows is shared."""
+    rows, memory = [], Memory()
+    for name, terms in contenders.items():
+        student, began = cut_student(teacher, 3), time.process_time()
+        supplies = Supplies(training=training, teacher=teacher, executor="local")
+        learn(student, supplies, Distillation(terms, memory=memory) if terms else TASK_LOSS, rate, epochs, seed)
+        rows.append(row(student, name, seed, test, time.process_time() - began))
+    return rows
+
+
+def recipe(rate: float, known: int = TAUGHT) -> dict[str, Any]:
+    """What all contenders have in common."""
+    changed = {"teacher's rows per intent": known, "learning rate": rate, "temperature": 4.0, "alpha": 0.7, "beta": 0.3}
+    return RECIPE | changed | {"optimizer": "adamw, cosine, 10 % warm-up"}
+
+
+def write(about: dict[str, Any], rows: list[dict[str, Any]], setting: str = "") -> None:
+    """Puts the rows of `setting` in the place of those that there are, and leaves those of the other."""
     machine = environment(RunConfig())
-    result = {
-        "command": COMMAND,
-        "device": machine["cpu"],
-        "threads": machine["threads"],
-        "versions": machine["packages"],
-        "seeds": list(seeds),
-        "recipe": RECIPE
-        | {"learning rate": rate, "temperature": 4.0, "alpha": 0.7, "beta": 0.3, "optimizer": "adamw, cosine, 10 % warm-up"},
-        "rows": rows,
-    }
+    old = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"rows": []}
+    made = {"command": COMMAND, "device": machine["cpu"], "threads": machine["threads"], "versions": machine["packages"]}
+    others = [r for r in old["rows"] if r["setting"] != setting]
+    mine = [r | {"setting": setting} for r in rows]
+    result = old | made | about | {"rows": [*mine, *others] if not setting else [*others, *mine]}
     write_atomic(RESULTS, json.dumps(result, indent=1) + "\n")
     print(section(result))
 
 
 def learn(student: UniversalModel, supplies: Supplies, objective: Objective, rate: float, epochs: int, seed: int) -> None:
-    recipe = TrainingSettings(epochs=epochs, learning_rate=rate, keep_best=False, seed=seed)
+    settings = TrainingSettings(epochs=epochs, learning_rate=rate, keep_best=False, seed=seed)
     with only_training(student.module, [*(layer.module for layer in student.layers), student.module.head]):
-        train_(student, supplies, objective, recipe)
+        train_(student, supplies, objective, settings)
 
 
-def taught(per_class: int) -> UniversalModel:
-    """The encoder with a head fitted on the first rows of each intent."""
-    bare = minilm_encoder()
-    rows = texts("train", bare, 0, 0, per_class)
-    teacher = load(bare, head=rows)
+def taught(rows: Data) -> UniversalModel:
+    """The encoder with a head fitted on `rows`."""
+    teacher = load(minilm_encoder(), head=rows)
     teacher.task = Classification()
     teacher.see(rows[0])
     return teacher
@@ -146,25 +197,48 @@ def row(model: UniversalModel, name: str, seed: int, test: Data, seconds: float 
     return found
 
 
-def pilot() -> None:
-    """Accuracy of the student without a teacher for each learning rate."""
-    teacher = taught(TAUGHT)
-    training = texts("train", teacher, 9, 0, PER_CLASS)
+def pilot(*, equal: bool, rates: Sequence[float] | None = None, epochs: int = EPOCHS) -> dict[float, float]:
+    """Learning rate → accuracy of the student without a teacher, on training rows that no model saw."""
+    if equal:
+        teacher, training = trained_on(PER_CLASS, epochs, 9)
+    else:
+        teacher = taught(texts("train", minilm_encoder(), 0, 0, TAUGHT))
+        training = texts("train", teacher, 9, 0, PER_CLASS)
     held_out = texts("train", teacher, 0, TAUGHT, None, 1024)
-    for rate in RATES:
+    row(teacher, "teacher, rows held out", 9, held_out)
+    found = {}
+    for rate in rates or (LOWER_RATES if equal else RATES):
         student = cut_student(teacher, 3)
-        learn(student, Supplies(training=training, executor="local"), TASK_LOSS, rate, EPOCHS, 9)
-        row(student, f"learning rate {rate:g}", 9, held_out)
+        learn(student, Supplies(training=training, executor="local"), TASK_LOSS, rate, epochs, 9)
+        found[rate] = row(student, f"learning rate {rate:g}, rows held out", 9, held_out)["metrics"]["accuracy"]
+    return found
 
 
 def section(result: dict[str, Any]) -> str:
-    """The result in Markdown."""
-    rows, recipe = result["rows"], result["recipe"]
-    there = {r["method"] for r in rows}
-    names = [name for name in ("teacher", *CONTENDERS, *EXPLAINING, "untrained student") if name in there]
-    table = "\n".join(line(rows, name) for name in names)
-    best = gain(rows, "response + feature")
-    verdict = "reached" if statistics.mean(best) >= 1 else "missed"
+    """Both settings in Markdown."""
+    first = [r for r in result["rows"] if r["setting"] != EQUAL]
+    equal = [r for r in result["rows"] if r["setting"] == EQUAL]
+    return "\n\n".join([_finished(result, first), *([_equal(result[EQUAL], equal)] if equal else [])])
+
+
+def _equal(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    tried = ", ".join(f"{100 * accuracy:.1f} % at {rate}" for rate, accuracy in result["pilot"].items())
+    chosen = f": on other rows (one seed) that one was right on {tried}" if tried else ""
+    if tried and result["recipe"]["learning rate"] == max(map(float, result["pilot"])):
+        chosen += "; larger ones were not tried"
+    return f"""**Equal rows** (`{result["command"]}`). The teacher is trained on the very rows that its student is given,
+{result["recipe"]["rows per intent"]} of each intent, a teacher for each seed: first its head alone, then its layers by the recipe
+of the students at {result["recipe"]["teacher's learning rate"]:g}. Students are cut from it. Their learning rate is
+{result["recipe"]["learning rate"]:g}, the best of those tried for the student without a teacher{chosen}. The rest is as above,
+and each objective stands alone too.
+
+{table(rows)}
+
+Wanted: response + feature at least 1 point better than no teacher; {verdict(rows)}."""
+
+
+def _finished(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    recipe = result["recipe"]
     known = recipe["teacher's rows per intent"]
     return f"""The teacher is MiniLM with a linear head that was fitted on {known} rows (or all that there are) of each of the 77
 intents of Banking77. The student, its copy with three of the six layers, is trained on
@@ -176,11 +250,21 @@ Mean and range over {len(result["seeds"])} seeds, which draw the student's rows;
 by seed. The teacher knows more rows than the student is given: this is the case of a finished model that is compressed with a
 sample of its data, and part of the gain is that knowledge.
 
-| | bytes | accuracy | gain, points | processor seconds |
-|---|---|---|---|---|
-{table}
+{table(rows)}
 
-Wanted: response + feature at least 1 point better than no teacher; {verdict}: {spread(best)} points."""
+Wanted: response + feature at least 1 point better than no teacher; {verdict(rows)}."""
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    there = {r["method"] for r in rows}
+    names = [name for name in ("teacher", *CONTENDERS, *EXPLAINING, "untrained student") if name in there]
+    head = "| | bytes | accuracy | gain, points | processor seconds |\n|---|---|---|---|---|\n"
+    return head + "\n".join(line(rows, name) for name in names)
+
+
+def verdict(rows: list[dict[str, Any]]) -> str:
+    best = gain(rows, "response + feature")
+    return f"{'reached' if statistics.mean(best) >= 1 else 'missed'}: {spread(best)} points"
 
 
 def line(rows: list[dict[str, Any]], name: str) -> str:
