@@ -181,12 +181,12 @@ class _Trial:
         return "" if len(pairs) == len(wanted) else ANOTHER
 
     def failure(self, chosen: Sequence[tuple[Group, Sequence[int]]], found: Sequence[Tested] = ()) -> str:
-        """Why cutting these units, and changing the numbers that were `found`, does not do."""
+        """Why cutting these units, and changing the numbers that were `found` for each of their groups, does not do."""
         try:
             changed = self.copy(chosen)
-            for t in found:
+            for t, (group, units) in zip(found, chosen, strict=False):
                 for number in t.numbers:
-                    rescale_(changed, number, t.group.units - t.step, t.group.units)
+                    rescale_(changed, number, group.units - len(units), group.units)
             return self.differs(changed, self.wanted(chosen))
         except LayerwiseError as error:
             return error.what

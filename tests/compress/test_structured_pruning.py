@@ -193,6 +193,17 @@ def test_a_head_of_one_fused_matrix(mixed: bool, rows: list[int]) -> None:
     assert proof(model, result).passed
 
 
+def test_numbers_follow_however_many_units_a_trial_takes() -> None:
+    """Eight groups of heads whose number the forward reads: a quarter of them is cut in the trial of the whole model."""
+    torch.manual_seed(0)
+    blocks = [Grouped(heads=16, shared=8, size=8) for _ in range(2)]
+    model = UniversalModel(nn.Sequential(*blocks, nn.Linear(16, 3)).eval(), example=Batch((torch.randn(2, 5, 16),)))
+    coupling = coupled(model)
+    assert not coupling.refused
+    assert {t.group.units for t in coupling.groups} == {8, 24}
+    assert proof(model, pruned(model, ratio=0.5)).passed
+
+
 def test_heads_that_share_a_table_of_biases_go_in_all_blocks() -> None:
     model = CASES["t5"].model()
     found = next(t.group for t in coupled(model).groups if t.group.kind == "head")
