@@ -50,7 +50,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="only names that match this regular expression; likewise")
     parser.add_argument("--fresh", action="store_true", help="do again what was done before")
     parser.add_argument("--failed", action="store_true", help="do again what did not work before")
-    parser.add_argument("--collect", action="store_true", help="do nothing more: write what has been done so far")
+    parser.add_argument("--collect", action="store_true", help="run nothing: write what is done, else the rows that were there")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -71,6 +71,7 @@ def judged(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     made_by = {"commit": commit()}
     store, workers = Store(OUT, "1"), [Worker(__file__, "--worker", folder=ROOT) for _ in range(2)]
+    earlier = {f"{r['group']}/{r['name']}": r for r in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]}
     for group in chosen.groups or GROUPS:
         for name in CATALOGUE[group].names():
             if not re.search(chosen.only, name):
@@ -78,6 +79,8 @@ def judged(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
             piece = f"{group}/{name}"
             record = None if chosen.fresh else store.once(piece, lambda: None)
             if record is None and chosen.collect:
+                if piece in earlier:
+                    yield earlier[piece]
                 continue
             if record is None or (chosen.failed and why_not(record)):
                 record = one(workers, group, name) | {"kinds": list(CATALOGUE[group].kinds(name))} | made_by
@@ -121,33 +124,58 @@ than a hundredfold, ≤ 1e-7 in float64), and which a process that never saw it 
 Finished rows are kept, so a row is as old as the code that made it; `--fresh` makes all of them anew."""
 
 
+HEAD = (
+    "| group | works, of those built | asked | of these by the newest code | `from_pretrained` loads it alone "
+    "| parameters left (median) |"
+)
+
+
 def section(result: dict[str, Any]) -> str:
     """The part of docs/compression_results.md: counts per group, and every miss with its reason."""
+    made = Counter(r.get("commit", "earlier code") for r in result["rows"])
+    newest = max((name for name in made if name != "earlier code"), key=lambda name: made[name], default="")
+    groups = [g for g in GROUPS if any(r["group"] == g for r in result["rows"])]
+    lines = [counted(group, [r for r in result["rows"] if r["group"] == group and r["built"]], newest) for group in groups]
+    by = "; ".join(f"`{name}` ({count} rows)" for name, count in made.most_common())
+    return "\n".join(
+        [SAID, "", f"Code: {by}.", "", HEAD, "|---|---|---|---|---|---|", *lines, "", *notes(result), *missed(result)]
+    )
+
+
+def counted(group: str, built: list[dict[str, Any]], newest: str) -> str:
+    """A line of the table; `newest`: the commit that made most rows."""
     from layerwise.benchmark.cutting import why_not
 
-    rows, misses = [], list[str]()
-    for group in (g for g in GROUPS if any(r["group"] == g for r in result["rows"])):
-        built = [r for r in result["rows"] if r["group"] == group and r["built"]]
-        good = [r for r in built if not why_not(r)]
-        left = sorted(r["parameters"][1] / r["parameters"][0] for r in good)
-        share = f"{len(good)} of {len(built)} ({100 * len(good) / max(len(built), 1):.1f} %)"
-        plain = sum(bool(r.get("plain")) for r in good)
-        asked = f"≥ {100 * MUST[group]:.0f} %" if group in MUST else "–"
-        rows.append(f"| {group} | {share} | {asked} | {plain or '–'} | {left[len(left) // 2] if left else 0:.2f} |")
-        misses += [f"| {group} | {r['name']} | {why_not(r)[:200].replace('|', '/')} |" for r in built if why_not(r)]
-    head = ["| group | works, of those built | asked | `from_pretrained` loads it alone | parameters left (median) |"]
+    good = [r for r in built if not why_not(r)]
+    left = sorted(r["parameters"][1] / r["parameters"][0] for r in good)
+    plain = sum(bool(r.get("plain")) for r in good)
+    fresh = [sum(r.get("commit") == newest for r in rows) for rows in (good, built)]
+    asked = f"≥ {100 * MUST[group]:.0f} %" if group in MUST else "–"
+    share = f"{len(good)} of {len(built)} ({100 * len(good) / max(len(built), 1):.1f} %)"
+    median = left[len(left) // 2] if left else 0
+    return f"| {group} | {share} | {asked} | {fresh[0]} of {fresh[1]} | {plain or '–'} | {median:.2f} |"
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What was not counted, what float64 had to judge, and what was not run."""
+    unbuilt = Counter(r["group"] for r in result["rows"] if not r["built"])
     done = Counter(r["group"] for r in result["rows"])
     finer = [r["name"] for r in result["rows"] if r.get("in_double")]
     open_ = ", ".join(f"{n - done[g]} of {n} of {g}" for g, n in result["listed"].items() if done[g] < n)
-    made = Counter(r.get("commit", "earlier code") for r in result["rows"])
-    unbuilt = Counter(r["group"] for r in result["rows"] if not r["built"])
     said = ", ".join(f"{n} of {group}" for group, n in unbuilt.items()) or "none"
-    table = [*head, "|---|---|---|---|---|", *rows, "", f"Not built here, and not counted: {said}.", ""]
-    table += ["Rows were made by " + "; ".join(f"`{name}` ({n})" for name, n in made.most_common()) + ".", ""]
-    table += [f"Over the bound in float32 by rounding, and within 1e-7 in float64: {', '.join(finer)}.", ""] if finer else []
-    table += [f"Not yet run: {open_}.", ""] if open_ else []
-    missed = ["What does not work:", "", "| group | model | why |", "|---|---|---|", *misses]
-    return "\n".join([SAID, "", *table, *missed])
+    return [
+        *(f"Not built here, and not counted: {said}.", ""),
+        *([f"Over the bound in float32, and judged in float64: {', '.join(finer)}.", ""] if finer else []),
+        *([f"Not yet run: {open_}.", ""] if open_ else []),
+    ]
+
+
+def missed(result: dict[str, Any]) -> list[str]:
+    from layerwise.benchmark.cutting import why_not
+
+    said = [(r, why_not(r)) for r in result["rows"] if r["built"]]
+    lines = [f"| {r['group']} | {r['name']} | {why[:200].replace('|', '/')} |" for r, why in said if why]
+    return ["What does not work:", "", "| group | model | why |", "|---|---|---|", *lines]
 
 
 if __name__ == "__main__":
