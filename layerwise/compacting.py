@@ -1,34 +1,28 @@
-"""A model of transformers without its dropped layers, as its own class builds it from a changed configuration.
+"""The configuration of a transformers model without its dropped layers.
 
 Decision: no names of models. A chain is a module list that holds `PassThrough`; its count in the configuration is found by value
 and trial: a whole number equal to the chain's length, the list of the per-layer settings cut likewise, such that the class built
-on the meta device has exactly the tensors that are left, renumbered. Whether it also computes the same is then tried: the
-written folder is loaded by ``from_pretrained`` and run. Where nothing fits, the reason is noted and the gap stays.
+on the meta device has exactly the tensors of the layers that are left, renumbered. `layerwise.configuring` goes on from there.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from layerwise.adapter import library_of
-from layerwise.model import UniversalModel
 from layerwise.passing import PassThrough
 from layerwise.tensors import state, wraps
-from layerwise.weights import save_weights
 
 Kept = Mapping[str, Sequence[int]]  # module list → the old numbers of the layers that are left
 Shapes = Mapping[str, tuple[int, ...]]
-BOUND = 1e-5  # of the largest output: the library may choose another attention kernel
 
 
 @dataclass(frozen=True)
@@ -51,7 +45,7 @@ def compacted(module: nn.Module) -> Compact | str:
     found = chains(module)
     gaps = sum(isinstance(m, PassThrough) for m in module.modules())
     if "transformers" not in library_of(module):
-        return "the class is none of transformers and has no configuration that counts its layers"
+        return "the class is none of transformers and has no configuration that says its sizes"
     if sum(_length(module, n) - len(numbers) for n, numbers in found.items()) < gaps:
         return "a dropped layer stands in no module list"
     if any(wraps(p) for p in module.parameters()):
@@ -59,14 +53,11 @@ def compacted(module: nn.Module) -> Compact | str:
     config = json.loads(module.config.to_json_string(use_diff=False))  # type: ignore[operator,union-attr]
     shapes = shapes_of(module, config)
     for name, numbers in found.items():
-        shapes = {new: shapes[old] for old, new in _renumbered(shapes, {name: numbers}).items()}
+        shapes = {new: shapes[old] for old, new in renumbered(shapes, {name: numbers}).items()}
         changed = _fitting(module, config, _length(module, name), numbers, shapes)
         if changed is None:
             return f"no setting of the configuration was found that takes layers out of {name}"
         config = changed
-    left = {n: tuple(t.shape) for n, t in state(module).items()}
-    if {new: left[old] for old, new in _renumbered(left, found).items()} != shapes:
-        return "the tensors that are left are not those of the class"
     return Compact(config, found)
 
 
@@ -143,7 +134,7 @@ def shapes_of(module: nn.Module, config: Mapping[str, Any]) -> Shapes:
     return {name: tuple(t.shape) for name, t in state(built).items()}
 
 
-def _renumbered(names: Mapping[str, Any], kept: Kept) -> dict[str, str]:
+def renumbered(names: Mapping[str, Any], kept: Kept) -> dict[str, str]:
     """Name → name without the gaps, for the tensors that are left."""
     return {name: new for name in names if (new := _moved(name, {n: {i: j for j, i in enumerate(k)} for n, k in kept.items()}))}
 
@@ -165,55 +156,6 @@ def original_names(tensors: Mapping[str, Tensor], kept: Kept) -> dict[str, Tenso
     return {_moved(name, numbers): tensor for name, tensor in tensors.items()}
 
 
-def write_compact(model: UniversalModel, folder: Path) -> Compact | str:
-    """Writes ``config.json``, ``generation_config.json`` and ``model.safetensors`` into `folder`, loads them by
-    ``from_pretrained`` and compares; or gives the reason in words, and leaves nothing.
-    """
-    compact = compacted(model.module)
-    if isinstance(compact, str):
-        return compact
-    module: Any = model.module
-    trial = folder / "compact"
-    trial.mkdir()
-    try:
-        tensors = {name: tensor.detach() for name, tensor in state(module).items()}
-        save_weights(trial / "model.safetensors", {new: tensors[old] for old, new in _renumbered(tensors, compact.kept).items()})
-        write_config(module, compact.config, trial)
-        if apart := difference(model, trial):
-            return apart
-        for file in trial.iterdir():
-            file.rename(folder / file.name)
-    finally:
-        shutil.rmtree(trial)
-    return compact
-
-
-def write_config(module: Any, config: Mapping[str, Any], folder: Path) -> None:
-    """``config.json`` as the library itself reads this configuration, and how the model generates."""
-    dtype = str(next(iter(module.parameters())).dtype).removeprefix("torch.")
-    whole = json.loads(type(module.config).from_dict(copy.deepcopy(dict(config))).to_json_string(use_diff=False))
-    whole |= {"architectures": [type(module).__name__], "dtype": dtype}
-    (folder / "config.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-    if getattr(module, "generation_config", None) is not None:
-        module.generation_config.save_pretrained(folder)
-
-
-def difference(model: UniversalModel, folder: Path) -> str:
-    """'' if ``from_pretrained`` gives a model with these outputs on the example, or what it gives in words."""
-    example = model.example
-    try:
-        with quiet():
-            again = type(model.module).from_pretrained(folder, local_files_only=True).eval().to(model.device)  # type: ignore[attr-defined]
-        found = model.around(again, source=None).predict(example).double()
-    except Exception as error:  # what it does with a folder of its own layout is the question
-        return f"from_pretrained fails: {error}"
-    wanted = model.predict(example).double()
-    if found.shape != wanted.shape:
-        return f"from_pretrained gives outputs of another shape, {tuple(found.shape)}"
-    apart = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
-    return "" if apart <= BOUND else f"what from_pretrained gives differs by {apart:.2g} of the largest output"
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Inside, transformers neither logs nor draws bars: what matters is compared."""
@@ -230,16 +172,4 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-__all__ = [
-    "Compact",
-    "chains",
-    "compacted",
-    "difference",
-    "original_names",
-    "places",
-    "quiet",
-    "set_",
-    "shapes_of",
-    "write_compact",
-    "write_config",
-]
+__all__ = ["Compact", "chains", "compacted", "original_names", "places", "quiet", "renumbered", "set_", "shapes_of"]

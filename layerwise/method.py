@@ -237,6 +237,14 @@ def noted(model: UniversalModel, step: Step) -> Source:
     return Source(COMPRESSED, before.name if before else model.name, settings)
 
 
+def unfolded(source: Source | None) -> tuple[Source | None, list[Step]]:
+    """The source of the uncompressed class, and the steps that follow."""
+    if source is None or source.kind != COMPRESSED:
+        return source, []
+    inner = source.settings["source"]
+    return Source.from_dict(inner) if inner else None, [Step.from_dict(s) for s in source.settings["steps"]]
+
+
 def outlined(model: UniversalModel) -> dict[str, Any] | None:
     """The model's example as shapes and types, to read its layers with later; None where it is unknown or has no plain form."""
     try:

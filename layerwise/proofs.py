@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from layerwise.data import Batch, Data
 from layerwise.errors import LayerwiseError
 from layerwise.measure import compare
-from layerwise.method import Check, CompressionMethod, apply_step_, method_of
+from layerwise.method import Check, CompressionMethod, apply_step_, method_of, unfolded
 from layerwise.model import UniversalModel
 from layerwise.plan import CompressionPlan, Step, asks_energy
 from layerwise.reload_check import Reload, reload_in_fresh_process
 from layerwise.result import Measurement, Proof
-from layerwise.saved import load_saved, save_model, unfolded
+from layerwise.saved import load_saved, save_model
 from layerwise.supplies import NOTHING, Supplies
 from layerwise.tensors import state, unbounded_alike
 

@@ -27,15 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.adapter import adapter_for, library_of
-from layerwise.compacting import Compact, chains, original_names, write_compact
+from layerwise.compacting import Compact, chains, original_names
+from layerwise.configuring import sizes_of, write_configured
 from layerwise.data import Batch
 from layerwise.errors import ModelFormatError, UsageError
 from layerwise.files import staged_folder, verify_manifest
-from layerwise.method import COMPRESSED, method_of, outlined, replay_
+from layerwise.method import method_of, outlined, replay_, unfolded
 from layerwise.model import UniversalModel
-from layerwise.narrowing import write_narrowed
 from layerwise.packing import stand_in
-from layerwise.plan import Step
 from layerwise.recurrent import Unstacked
 from layerwise.result import CompressionResult
 from layerwise.source import Source, build
@@ -57,16 +56,13 @@ def save_model(saved: UniversalModel | CompressionResult, folder: str | os.PathL
         if isinstance(saved, CompressionResult):
             description |= {"result": saved.to_dict()}
         model.adapter.save(staged)
-        compact = write_compact(model, staged) if chains(model.module) else "nothing was dropped"
-        if isinstance(compact, Compact):
-            description |= {"weights": "model.safetensors", "kept": compact.kept}
+        cut = bool(chains(model.module) or sizes_of(model))
+        written = write_configured(model, staged) if cut else "it is as its class builds it"
+        if isinstance(written, Compact):
+            description |= {"weights": "model.safetensors"} | ({"kept": written.kept} if written.kept else {})
         else:
-            description |= {"gaps": compact} if chains(model.module) else {}
-            narrowed = write_narrowed(model, sizes, staged) if (sizes := _sizes(model)) else "no size changed"
-            if narrowed:
-                save_weights(staged / description["weights"], _flat(model.module))
-            else:
-                description |= {"weights": "model.safetensors"}
+            save_weights(staged / description["weights"], _flat(model.module))
+            description |= {"unconfigured": written} if cut else {}  # why `from_pretrained` cannot read it
         if (
             description["weights"] == "model.safetensors"
             and not (staged / "config.json").exists()
@@ -126,14 +122,6 @@ def rebuilt(
     return model
 
 
-def unfolded(source: Source | None) -> tuple[Source | None, list[Step]]:
-    """The source of the uncompressed class, and the steps that follow."""
-    if source is None or source.kind != COMPRESSED:
-        return source, []
-    inner = source.settings["source"]
-    return Source.from_dict(inner) if inner else None, [Step.from_dict(s) for s in source.settings["steps"]]
-
-
 def _description(model: UniversalModel) -> dict[str, Any]:
     saved = {id(t) for t in state(model.module).values()}
     return {
@@ -157,15 +145,6 @@ def _plain(model: UniversalModel) -> bool:
     quantized = any(wraps(t) for t in model.module.parameters())
     taken_apart = any(isinstance(m, Unstacked) for m in model.module.modules())
     return not quantized and not taken_apart and not any(method_of(step).structural for step in steps)
-
-
-def _sizes(model: UniversalModel) -> set[tuple[int, int]]:
-    """The sizes that steps changed, where nothing else stands in the way of the class."""
-    _, steps = unfolded(model.source)
-    methods = [method_of(step) for step in steps]
-    if chains(model.module) or any(m.structural and not m.resized() for m in methods):
-        return set()
-    return {size for m in methods for size in m.resized()}
 
 
 def _config(module: Any) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from layerwise.compacting import compacted, original_names
 from layerwise.compress.drop_layers import DropLayers
 from layerwise.compress.half_precision import HalfPrecision
 from layerwise.compress.low_rank import LowRank
+from layerwise.compress.structured_pruning import StructuredPruning
 from layerwise.method import CompressionMethod, apply_plan, step_of
 from layerwise.model import UniversalModel
 from layerwise.plan import CompressionPlan
-from layerwise.proofs import relative_error
+from layerwise.proofs import equivalence, relative_error
 from layerwise.saved import load_saved, save_model
 from tests.models import CASES, images, tokens
 
@@ -147,10 +148,45 @@ def test_with_other_changes_of_values_it_is_whole_and_with_other_cuts_the_reason
     both = cut(model, (DropLayers(), ("model.layers.1",)), (LowRank(), ("model.layers.0",)))
     save_model(both, tmp_path / "both")
     about = json.loads((tmp_path / "both" / "layerwise.json").read_text())
-    assert about["gaps"] == "the tensors that are left are not those of the class"
+    assert about["unconfigured"].startswith("the tensors that are left are not those of the class")
     assert (tmp_path / "both" / "weights.safetensors").exists()
     assert not (tmp_path / "both" / "config.json").exists()
     assert load_saved(tmp_path / "both", module=CASES["llama"].model().module).fingerprint == both.fingerprint
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("first", [DropLayers, StructuredPruning])
+def test_a_layer_dropped_and_the_others_cut_alike(family: str, first: type, tmp_path: Path) -> None:
+    """In either order: each step proved, the folder one that `from_pretrained` reads, and the model that it was."""
+    case = CASES[family]
+    model = case.model()
+    names = [layer.name for layer in model.layers]
+    left = names if first is StructuredPruning else [names[0], names[2]]
+    steps = [step_of(DropLayers(), names[1:2]), step_of(StructuredPruning(0.5, prune_type="neuron"), left)]
+    plan = CompressionPlan(tuple(steps if first is DropLayers else steps[::-1]))
+    result = apply_plan(model, plan)
+    proofs = list(equivalence(model, result.model, result.plan, list(case.data(3, 2))))
+    assert [p.passed for p in proofs] == [True, True]
+    save_model(result.model, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    half = {"llama": {"num_hidden_layers": 2, "intermediate_size": 32}, "gpt2": {"n_layer": 2, "n_inner": 64}}[family]
+    assert {key: config[key] for key in half} == half
+    wanted = result.model.predict(case.batch(3))
+    again: Any = type(model.module).from_pretrained(tmp_path / "model")  # type: ignore[attr-defined]
+    assert relative_error(UniversalModel(again).predict(case.batch(3)), wanted) < 1e-6
+    ours = load_saved(tmp_path / "model", module=case.build())
+    assert torch.equal(ours.predict(case.batch(3)), wanted)
+    assert ours.fingerprint == result.model.fingerprint
+
+
+def test_a_layer_dropped_and_the_others_cut_unlike(tmp_path: Path) -> None:
+    case = CASES["llama"]
+    result = cut(case.model(), (DropLayers(), ("model.layers.1",)), (StructuredPruning(0.5), ("model.layers.2",)))
+    save_model(result, tmp_path / "model")
+    about = json.loads((tmp_path / "model" / "layerwise.json").read_text())
+    assert "whatever its configuration says" in about["unconfigured"]
+    assert not (tmp_path / "model" / "config.json").exists()
+    assert load_saved(tmp_path / "model", module=case.build()).fingerprint == result.fingerprint
 
 
 def test_a_class_that_counts_its_layers_nowhere_keeps_the_gap_and_says_why() -> None:
@@ -171,7 +207,7 @@ def test_wrong_outputs_are_not_handed_over(tmp_path: Path) -> None:
     module = First(tf.LlamaConfig(**SMALL, num_hidden_layers=4, use_cache=False)).eval()
     result = cut(UniversalModel(module, example=tokens()(2)), (DropLayers(), ("model.layers.0",)))
     save_model(result, tmp_path / "model")
-    assert "differs by" in json.loads((tmp_path / "model" / "layerwise.json").read_text())["gaps"]
+    assert "differs by" in json.loads((tmp_path / "model" / "layerwise.json").read_text())["unconfigured"]
     assert sorted(f.name for f in (tmp_path / "model").iterdir()) == ["layerwise.json", "manifest.json", "weights.safetensors"]
 
 

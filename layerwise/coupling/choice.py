@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from layerwise.coupling.groups import Group, Place, live
-from layerwise.data import Data
+from layerwise.data import Batch, Data
 from layerwise.errors import UsageError
 from layerwise.model import UniversalModel
 
@@ -29,13 +29,16 @@ def magnitudes(model: UniversalModel, groups: Iterable[Group], part: str = "") -
 
 
 def taylor(model: UniversalModel, groups: Iterable[Group], data: Data) -> dict[str, Floats]:
-    """Σ |w·∂loss/∂w| over the weights that go with a unit (Molchanov et al. 2019, first order; there per filter and squared)."""
+    """Σ |w·∂loss/∂w| over the weights that go with a unit (Molchanov et al. 2019, first order; there per filter and squared).
+
+    The loss is summed over all data, however that is cut into batches.
+    """
     groups = list(groups)
     parameters = {n: p for n, p in model.module.named_parameters() if any(n == q.name for g in groups for q in g.places)}
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     with _requiring(parameters.values()), torch.enable_grad():
         for batch in data:
-            found = torch.autograd.grad(model.loss(batch), list(parameters.values()), allow_unused=True)
+            found = torch.autograd.grad(_loss(model, batch), list(parameters.values()), allow_unused=True)
             for (name, _), gradient in zip(parameters.items(), found, strict=True):
                 total[name] += 0 if gradient is None else gradient
     if not any(bool(t.any()) for t in total.values()):
@@ -47,8 +50,20 @@ def taylor(model: UniversalModel, groups: Iterable[Group], data: Data) -> dict[s
     return {g.name: _sums(g, products, lambda p: p.name in products) for g in groups}
 
 
+def _loss(model: UniversalModel, batch: Batch) -> Tensor:
+    """Summed over the batch."""
+    batch = batch.to(model.device)
+    model.see(batch)
+    assert model.task is not None  # set by see
+    output = model.output(batch)
+    return model.task.losses(output, batch, output.detach())[0].sum()
+
+
 def activations(model: UniversalModel, groups: Iterable[Group], data: Data) -> dict[str, Floats]:
-    """Σ |w|·‖x‖ over the columns that read a unit: the score of Wanda (Sun et al. 2024), summed over the columns of a unit."""
+    """Σ |w|·‖x‖ over the columns that read a unit: the score of Wanda (Sun et al. 2024), summed over the columns of a unit.
+
+    Σ |w| alone for weights that are used without their module being called, such as those of fused experts.
+    """
     groups = list(groups)
     eaten = {p.name: p for g in groups for p in g.places if p.eats}
     tensors, squares = live(model.module), dict[str, Tensor]()
@@ -77,18 +92,25 @@ def lowest(scores: Mapping[str, Floats], ratio: float, steps: Mapping[str, int],
 
     `together`: of all groups as one, each score divided by the mean of its group, so that sizes do not decide.
     """
-    if not together:
-        return {name: _first(values, ratio * len(values), steps[name]) for name, values in scores.items()}
-    scaled = {name: values / (values.mean() or 1.0) for name, values in scores.items()}
-    every = np.sort(np.concatenate(list(scaled.values())))
-    count = round(ratio * len(every))
-    limit = every[count - 1] if count else -np.inf
-    return {n: _first(v, int((v <= limit).sum()), steps[n]) for n, v in scaled.items()}
+    orders = {name: np.argsort(values, kind="stable") for name, values in scores.items()}
+    counts = {name: ratio * len(values) for name, values in scores.items()}
+    if together:
+        counts = _together(scores, ratio, steps)
+    return {name: _first(order, counts[name], steps[name]) for name, order in orders.items()}
 
 
-def _first(values: Floats, wanted: float, step: int) -> list[int]:
-    count = min(round(wanted / step) * step, len(values) - step)
-    return sorted(int(i) for i in np.argsort(values, kind="stable")[:count])
+def _together(scores: Mapping[str, Floats], ratio: float, steps: Mapping[str, int]) -> dict[str, float]:
+    """How many of each group are among the lowest of all; the highest of each are out of the count, since they stay."""
+    names = [name for name, values in scores.items() for _ in range(len(values) - steps[name])]
+    free = [np.sort(values / (values.mean() or 1.0))[: len(values) - steps[name]] for name, values in scores.items()]
+    count = round(ratio * sum(len(values) for values in scores.values()))
+    gone = [names[i] for i in np.argsort(np.concatenate(free), kind="stable")[:count]]
+    return {name: float(gone.count(name)) for name in scores}
+
+
+def _first(order: NDArray[np.int64], wanted: float, step: int) -> list[int]:
+    count = min(round(wanted / step) * step, len(order) - step)
+    return sorted(int(i) for i in order[:count])
 
 
 def _sums(group: Group, values: Mapping[str, Tensor], wanted: Callable[[Place], bool]) -> Floats:
@@ -106,7 +128,7 @@ def _squaring(name: str, place: Place, squares: dict[str, Tensor]) -> Callable[[
     """Adds up the squares of what enters a weight, for each of its columns."""
 
     def hook(module: nn.Module, args: Any) -> None:
-        x = args[0].detach()
+        x = args[0].detach() if args else torch.zeros(1)
         dim = 1 if isinstance(module, nn.modules.conv._ConvNd) else x.dim() - 1
         if x.shape[dim] == place.size:
             found = x.double().square().sum([d for d in range(x.dim()) if d != dim])

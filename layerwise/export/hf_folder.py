@@ -1,4 +1,5 @@
-"""A folder that transformers' ``from_pretrained`` loads by itself: ``NAME.hf/``. Dropped layers are gone from it."""
+"""A folder that transformers' ``from_pretrained`` loads by itself: ``NAME.hf/``. Dropped layers are gone from it, and what was
+cut alike in all layers is in its configuration."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from layerwise.artifact import EXPORTERS, Exporter, Parity, Written
-from layerwise.compacting import write_compact
+from layerwise.configuring import write_configured
 from layerwise.data import Data
 from layerwise.errors import ExportMismatch, UserModelError
 from layerwise.export._from_pretrained import outputs_of
@@ -33,7 +34,7 @@ class HuggingFaceFolder(Exporter):
     def write(self, model: UniversalModel, path: Path, data: Data, calibration: Data) -> Written:
         path.mkdir()
         model.adapter.save(path)
-        compact = write_compact(model, path)
+        compact = write_configured(model, path)
         if isinstance(compact, str):
             raise UserModelError(
                 f"from_pretrained cannot be given this model: {compact}.",

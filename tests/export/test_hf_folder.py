@@ -11,6 +11,7 @@ from transformers import GPT2LMHeadModel
 from layerwise.artifact import export
 from layerwise.compress.drop_layers import DropLayers
 from layerwise.compress.low_rank import LowRank
+from layerwise.compress.structured_pruning import StructuredPruning
 from layerwise.errors import UserModelError
 from layerwise.method import apply_plan, step_of
 from layerwise.plan import CompressionPlan
@@ -19,13 +20,15 @@ from tests.models import CASES
 
 def test_the_folder_is_loaded_by_a_fresh_process(tmp_path: Path) -> None:
     case = CASES["gpt2"]
-    dropped = apply_plan(case.model(), CompressionPlan((step_of(DropLayers(), ["transformer.h.1"]),))).model
+    left = ["transformer.h.0", "transformer.h.2"]
+    steps = step_of(DropLayers(), ["transformer.h.1"]), step_of(StructuredPruning(0.5, prune_type="neuron"), left)
+    dropped = apply_plan(case.model(), CompressionPlan(steps)).model
     made = export(dropped, tmp_path / "small.hf", case.data(3, 2))
     assert made.parity.relative <= 1e-6
     assert made.notes == ("transformer.h: the layers 0, 2 are left, in this order",)
     assert made.bytes == sum(f.stat().st_size for f in made.path.iterdir())
     module = GPT2LMHeadModel.from_pretrained(made.path)
-    assert module.config.n_layer == 2
+    assert (module.config.n_layer, module.config.n_inner) == (2, 64)
     assert torch.equal(module(**case.batch(3).kwargs).logits, dropped.predict(case.batch(3)))
     export(dropped, tmp_path / "small.hf", case.data(2), force=True)
 

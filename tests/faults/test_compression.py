@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from layerwise.compacting import difference
 from layerwise.compress.distill import Distill
 from layerwise.compress.drop_layers import DropLayers
 from layerwise.compress.fine_tune import FineTune
@@ -28,6 +27,7 @@ from layerwise.compress.nm_pruning import NMPruning
 from layerwise.compress.structured_pruning import StructuredPruning
 from layerwise.compress.tva_conversion import TVAConversion
 from layerwise.compress.weight_only import WeightOnly
+from layerwise.configuring import difference
 from layerwise.data import Data
 from layerwise.errors import LayerwiseError, UsageError
 from layerwise.files import write_manifest
