@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from layerwise.coupling.labels import ALONE, Labels, Numbers, Solution
 
-KINDS = ("head", "kv_group", "neuron", "channel")
+KINDS = ("head", "kv_group", "neuron", "channel", "expert")
+MODULES = -1  # in the place of a dimension: the units are modules of a list
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,12 +32,16 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Units of one kind that can be exchanged for one another. `blocks` are those that hold the rows which produce them."""
+    """Units of one kind that can be exchanged for one another. `blocks` are those that hold the rows which produce them.
+
+    `order`: units that matter on the example first, where that is known.
+    """
 
     name: str
     kind: str
     blocks: tuple[str, ...]
     places: tuple[Place, ...]
+    order: tuple[int, ...] = ()
 
     @property
     def units(self) -> int:
@@ -146,4 +151,4 @@ def live(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-__all__ = ["KINDS", "Group", "Place", "grouped", "live"]
+__all__ = ["KINDS", "MODULES", "Group", "Place", "grouped", "live"]

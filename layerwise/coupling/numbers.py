@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from layerwise.coupling.groups import Group
+from layerwise.coupling.groups import MODULES, Group
 
-COUNTED = ("head", "kv_group")  # kinds whose number the modules keep
+COUNTED = ("head", "kv_group", "expert")  # kinds whose number the modules keep
 STANDARD = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
@@ -26,7 +26,7 @@ def candidates(module: nn.Module, group: Group) -> list[tuple[Number, ...]]:
     """Numbers that equal a size which changed, likely ones first. Those of one name and value change together, but for those of
     modules that hold a cut weight themselves.
     """
-    owners = {p.name.rpartition(".")[0] for p in group.places}
+    owners = {p.name if p.dim == MODULES else p.name.rpartition(".")[0] for p in group.places}
     around = _around(module, owners, [b for b in group.blocks if f"{b}." in "".join(f"{o}." for o in owners)])
     sizes = {p.size for p in group.places}
     parts = {p.size // n for p in group.places for n in (2, 3) if p.size % n == 0 and p.indices.shape[1] > 1}
@@ -40,7 +40,7 @@ def candidates(module: nn.Module, group: Group) -> list[tuple[Number, ...]]:
             if value > 1 and known and value * (group.units - 1) % group.units == 0:
                 key = (path, value, name if name in owners else "")
                 found.setdefault(key, []).append(Number(name, path))
-    likely = sorted(found, key=lambda k: (not k[2], "head" not in k[0], "." in k[0], k[1] not in sizes))
+    likely = sorted(found, key=lambda k: (not k[2], "head" not in k[0] and "expert" not in k[0], "." in k[0], k[1] not in sizes))
     return [tuple(found[key]) for key in likely]
 
 
@@ -121,9 +121,11 @@ def put_back_(module: nn.Module, number: Number, value: Any) -> None:
     setattr(module.get_submodule(number.module), number.path.partition(".")[0], value)
 
 
-def counts_heads(number: Number) -> bool:
-    """By its name: one that says how many, and not how large."""
+def counts(number: Number, kind: str) -> bool:
+    """By its name: one that says how many heads or experts there are, and not how large they are or how many are used."""
+    if kind == "expert":
+        return "expert" in number.path and "_per_" not in number.path
     return "." not in number.path and "head" in number.path and not re.search("dim|size|head$", number.path)
 
 
-__all__ = ["COUNTED", "Number", "candidates", "counts_heads", "get", "kept", "put_back_", "rescale_", "set_"]
+__all__ = ["COUNTED", "Number", "candidates", "counts", "get", "kept", "numbers_of", "put_back_", "rescale_", "set_"]

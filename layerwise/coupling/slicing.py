@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from layerwise.coupling.groups import Group, live
+from layerwise.coupling.groups import MODULES, Group, live
+from layerwise.coupling.routing import Routing
 from layerwise.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The indices `gone` (as text) leave dimension `dim` of the tensor `name`, which had `size` of them."""
+    """The indices `gone` (as text) leave dimension `dim` of the tensor `name`, which had `size` of them; or, where `dim` is
+    `MODULES`, the list or dictionary of modules of this name.
+    """
 
     name: str
     dim: int
@@ -37,8 +41,11 @@ def cuts_of(chosen: Iterable[tuple[Group, Sequence[int]]]) -> list[Cut]:
 
 def cut_(module: nn.Module, cuts: Iterable[Cut]) -> None:
     """Slices the tensors in place: whoever shares one sees it cut. Raises `UsageError` where a size is not the one recorded."""
-    tensors = live(module)
+    cuts, tensors = list(cuts), live(module)
     for cut in cuts:
+        if cut.dim == MODULES:
+            _shorten_(module, cut)
+            continue
         tensor = tensors.get(cut.name)
         if tensor is None or tensor.dim() <= cut.dim or tensor.shape[cut.dim] != cut.size:
             found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
@@ -48,7 +55,35 @@ def cut_(module: nn.Module, cuts: Iterable[Cut]) -> None:
             )
         tensor.data = left(tensor.data, cut)
         tensor.grad = None
-    resize_(module, {cut.name.rpartition(".")[0] for cut in cuts})
+    resize_(module, {cut.name.rpartition(".")[0] for cut in cuts if cut.dim != MODULES})
+
+
+def _shorten_(module: nn.Module, cut: Cut) -> None:
+    """The modules that are left move up."""
+    found = dict(module.named_modules()).get(cut.name)
+    if not isinstance(found, nn.ModuleList | nn.ModuleDict) or len(found) != cut.size:
+        raise UsageError(f"{cut.name} is no list of {cut.size} modules: it was cut already, or belongs to another model.")
+    parts, gone = found._modules, set(read(cut.gone))
+    kept = [part for i, part in enumerate(parts.values()) if i not in gone]
+    keys = list(parts)[: len(kept)]
+    parts.clear()
+    parts.update(zip(keys, kept, strict=True))
+
+
+def renumbered(name: str, cut: Cut) -> str:
+    """The name that a tensor has after `cut`; '' for one that is gone with its module."""
+    if cut.dim != MODULES or not name.startswith(f"{cut.name}."):
+        return name
+    key, _, rest = name.removeprefix(f"{cut.name}.").partition(".")
+    number, gone = number_in(key), set(read(cut.gone))
+    if number in gone:
+        return ""
+    return f"{cut.name}.{key.removesuffix(str(number))}{number - sum(g < number for g in gone)}.{rest}"
+
+
+def number_in(key: str) -> int:
+    """``3`` for ``3`` or ``expert_3``."""
+    return int(key[len(key.rstrip("0123456789")) :])
 
 
 def left(tensor: Tensor, cut: Cut) -> Tensor:
@@ -88,7 +123,10 @@ def _resize_convolution_(part: _ConvNd) -> None:
 
 @contextmanager
 def silenced(module: nn.Module, chosen: Iterable[tuple[Group, Sequence[int]]]) -> Iterator[None]:
-    """Inside, the columns that read these units are zero: the uncut module computes what it would without them."""
+    """Inside, the columns that read these units are zero, and no router chooses one of them: the uncut module computes what it
+    would without them.
+    """
+    chosen = list(chosen)
     tensors, before = live(module), dict[str, Tensor]()
     try:
         for group, units in chosen:
@@ -98,10 +136,20 @@ def silenced(module: nn.Module, chosen: Iterable[tuple[Group, Sequence[int]]]) -
                     before.setdefault(place.name, tensor.data.clone())
                     gone = torch.tensor(place.indices[list(units)].reshape(-1), device=tensor.device)
                     tensor.data.index_fill_(place.dim, gone, 0)
-        yield
+        with _unrouted(tensors, [(g, units) for g, units in chosen if g.kind == "expert"]):
+            yield
     finally:
         for name, values in before.items():
             tensors[name].data.copy_(values)
+
+
+def _unrouted(tensors: Mapping[str, Tensor], chosen: Sequence[tuple[Group, Sequence[int]]]) -> AbstractContextManager[Any]:
+    places = {place.name: (place.size, units) for group, units in chosen for place in group.places if place.gives}
+    if not places:
+        return nullcontext()
+    return Routing(
+        {name: tensors[name] for name in places}, {n: s for n, (s, _) in places.items()}, {n: u for n, (_, u) in places.items()}
+    )
 
 
 def written(indices: Iterable[int]) -> str:

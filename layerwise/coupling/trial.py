@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from layerwise import trees
 from layerwise.coupling.groups import Group
 from layerwise.coupling.likeness import likeness
-from layerwise.coupling.numbers import COUNTED, Number, candidates, counts_heads, kept, put_back_, rescale_
+from layerwise.coupling.numbers import COUNTED, Number, candidates, counts, kept, put_back_, rescale_
 from layerwise.coupling.slicing import cut_, cuts_of, silenced
 from layerwise.data import Batch
 from layerwise.errors import LayerwiseError
@@ -37,18 +37,23 @@ MOST, PATIENCE = 200, 30.0  # sets of numbers tried for one group, and seconds
 
 @dataclass(frozen=True)
 class Tested:
-    """A group that can be cut, with the numbers that then shrink by the same share, and how many units go at a time: some kernels
-    want whole eights or fours.
+    """A group that can be cut, with the numbers that then shrink by the same share.
+
+    `step` units go at a time (some kernels want whole eights or fours), `least` stay (a router chooses so many), and of each of
+    the equal `parts` that they lie in as many go (a router chooses among parts first).
     """
 
     group: Group
     numbers: tuple[Number, ...] = ()
     step: int = 1
+    least: int = 1
+    parts: int = 1
 
     @property
     def example(self) -> tuple[Group, list[int]]:
         """A quarter of the units, from the middle: code that halves what it is given takes one less without a word."""
-        return self.group, _middle(self.group, max(self.group.units // 4 // self.step, 1) * self.step)
+        steps = min(max(self.group.units // 4 // self.step, 1), (self.group.units - max(self.least, self.step)) // self.step)
+        return self.group, _middle(self.group, steps * self.step // self.parts, self.parts)
 
 
 def tested(
@@ -79,7 +84,7 @@ def tested(
         if finding.reason:
             refused[group.name] = finding.reason
         else:
-            found.append(Tested(group, finding.numbers, finding.step))
+            found.append(Tested(group, finding.numbers, finding.step, finding.least, finding.parts))
     found += _across(whole, [g for g in groups if inside[g.name] not in calls], refused)
     order = {g.name: i for i, g in enumerate(groups)}
     return _agreeing(whole, sorted(found, key=lambda t: order[t.group.name]), refused), refused
@@ -119,7 +124,11 @@ def _across(whole: _Trial, groups: Sequence[Group], refused: dict[str, str]) -> 
     return _across(whole, groups[:half], refused) + _across(whole, groups[half:], refused)
 
 
-def _middle(group: Group, step: int = 1) -> list[int]:
+def _middle(group: Group, step: int = 1, parts: int = 1) -> list[int]:
+    """So many of each part; those that matter most, where that is known."""
+    if group.order:
+        width = group.units // parts
+        return sorted(u for part in range(parts) for u in [u for u in group.order if u // width == part][:step])
     return list(range(group.units // 2, group.units // 2 + step))
 
 
@@ -202,10 +211,14 @@ def near(a: Tensor, b: Tensor) -> bool:
 
 
 class _Finding(NamedTuple):
-    """The numbers to adapt and how many units go at a time, or the reason why it cannot be done."""
+    """The numbers to adapt, how many units go at a time, how many must stay, and in how many parts they lie; or the reason why it
+    cannot be done.
+    """
 
     numbers: tuple[Number, ...] = ()
     step: int = 1
+    least: int = 1
+    parts: int = 1
     reason: str = ""
 
     def inside(self, home: str) -> _Finding:
@@ -218,23 +231,51 @@ class _Finding(NamedTuple):
 
 
 def _search(trial: _Trial, group: Group) -> _Finding:
-    """By single units, or else by as many as a kernel takes."""
-    finding = _searched(trial, group, 1)
+    """By single units, or else by as many as a kernel takes; experts also by one of each part."""
+    finding = _searched(trial, group, _middle(group))
+    if group.kind == "expert":
+        return _bounded(trial, group, finding)
     steps = [s for s in STEPS if group.kind not in COUNTED and group.units >= 2 * s and group.units % s == 0]
-    again = (_searched(trial, group, step) for step in steps if finding.reason)
+    again = (_searched(trial, group, _middle(group, step)) for step in steps if finding.reason)
     return next((found for found in again if not found.reason), finding)
 
 
-def _searched(trial: _Trial, group: Group, step: int) -> _Finding:
-    chosen = [(group, _middle(group, step))]
+def _bounded(trial: _Trial, group: Group, finding: _Finding) -> _Finding:
+    """With the number of parts that routing is limited to, and the fewest experts with which the module runs, by bisection."""
+    parts = 1
+    for parts in (p for p in range(1, group.units // 2 + 1) if group.units % p == 0):
+        again = finding if parts == 1 else _searched(trial, group, _middle(group, 1, parts))
+        if not again.reason:
+            break
+    else:
+        return finding
+    low, high = 1, group.units // parts - 1
+    while low < high:
+        left = (low + high) // 2
+        gone = _middle(group, group.units // parts - left, parts)
+        low, high = (left + 1, high) if _fails(trial, group, gone, again.numbers) else (low, left)
+    return again._replace(step=parts, least=low * parts, parts=parts)
+
+
+def _fails(trial: _Trial, group: Group, gone: Sequence[int], numbers: Sequence[Number]) -> bool:
+    chosen = [(group, gone)]
+    try:
+        changed, wanted = trial.copy(chosen), trial.wanted(chosen)
+    except Exception:  # the uncut module, too, may stumble where its routers may choose too few
+        return True
+    return bool(_differs_with(trial, changed, wanted, numbers, (group.units - len(gone), group.units)))
+
+
+def _searched(trial: _Trial, group: Group, units: Sequence[int]) -> _Finding:
+    chosen = [(group, units)]
     try:
         changed, wanted = trial.copy(chosen), trial.wanted(chosen)
     except LayerwiseError as error:
         return _Finding(reason=error.what)
-    share = (group.units - step, group.units)
+    step, share = len(units), (group.units - len(units), group.units)
     reason = trial.differs(changed, wanted)
     if not reason:
-        return _Finding(_completed(trial, changed, wanted, (), group), step)
+        return _Finding(_completed(trial, changed, wanted, (), (group, share)), step)
     started = time.monotonic()
     for subset in itertools.islice(_subsets(candidates(changed, trial.own(group))), MOST):
         if time.monotonic() - started > PATIENCE:
@@ -242,20 +283,24 @@ def _searched(trial: _Trial, group: Group, step: int) -> _Finding:
         numbers = tuple(n for entry in subset for n in entry)
         said = _differs_with(trial, changed, wanted, numbers, share)
         if not said:
-            return _Finding(_completed(trial, changed, wanted, numbers, group), step)
+            return _Finding(_completed(trial, changed, wanted, numbers, (group, share)), step)
         reason = ANOTHER if said == ANOTHER else reason
     return _Finding(reason=reason)
 
 
 def _completed(
-    trial: _Trial, changed: nn.Module, wanted: Sequence[Tensor], numbers: tuple[Number, ...], group: Group
+    trial: _Trial,
+    changed: nn.Module,
+    wanted: Sequence[Tensor],
+    numbers: tuple[Number, ...],
+    cut: tuple[Group, tuple[int, int]],
 ) -> tuple[Number, ...]:
-    """With the counts of heads that this forward did not need, if it does not mind."""
+    """With the counts of heads or experts that this forward did not need, if it does not mind."""
+    group, share = cut
     if group.kind not in COUNTED:
         return numbers
-    share = (group.units - 1, group.units)
     for entry in candidates(changed, trial.own(group)):
-        more = tuple(n for n in entry if n not in numbers and counts_heads(n))
+        more = tuple(n for n in entry if n not in numbers and counts(n, group.kind))
         if more and not _differs_with(trial, changed, wanted, numbers + more, share):
             numbers += more
     return numbers

@@ -12,7 +12,7 @@ from torch import nn
 
 from layerwise.compress.structured_pruning import StructuredPruning
 from layerwise.coupling import coupled
-from layerwise.coupling.choice import Floats, activations, lowest, magnitudes, taylor
+from layerwise.coupling.choice import Floats, Limits, activations, lowest, magnitudes, taylor
 from layerwise.coupling.slicing import read
 from layerwise.data import Batch, Data
 from layerwise.method import apply_plan, step_of
@@ -121,7 +121,9 @@ def test_all_groups_together_lose_what_is_lowest_anywhere() -> None:
 
 def test_ties_and_groups_that_would_be_gone_leave_the_share_exact() -> None:
     scores = {"dead": np.array([0.0, 0, 0, 0]), "low": np.array([0.0, 0, 0, 40]), "high": np.array([3.0, 4, 5, 6])}
-    found = lowest(scores, 0.5, {"dead": 1, "low": 1, "high": 1}, together=True)
+    found = lowest(scores, 0.5, dict.fromkeys(scores, Limits()), together=True)
     assert found == {"dead": [0, 1, 2], "low": [0, 1, 2], "high": []}
-    found = lowest(scores, 0.25, {"dead": 2, "low": 1, "high": 1}, together=True)  # the first goes by twos
+    found = lowest(
+        scores, 0.25, {"dead": Limits(2, 2), "low": Limits(), "high": Limits()}, together=True
+    )  # the first goes by twos
     assert found == {"dead": [0, 1], "low": [0], "high": []}
