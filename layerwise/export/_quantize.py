@@ -155,7 +155,7 @@ def weightless(path: Path) -> list[str]:
 
     graph = ir.load(path).graph
     weights = weighted(graph)
-    return [node.name for node in graph if node.op_type in PRODUCTS and node.name not in weights]
+    return [name for node in graph if node.op_type in PRODUCTS and (name := node.name) and name not in weights]
 
 
 class _Reader:
