@@ -35,8 +35,9 @@ from layerwise.method import CompressionMethod, apply_plan
 from layerwise.model import UniversalModel
 from layerwise.plan import CompressionPlan, Step
 from layerwise.planner import Planner
-from layerwise.planning.actions import KEEP, Table
+from layerwise.planning.actions import Table
 from layerwise.planning.solve import smallest
+from layerwise.planning.uniform import uniform_choices
 from layerwise.planning.wholes import Whole
 from layerwise.supplies import Supplies
 from layerwise.target import Target
@@ -185,11 +186,9 @@ def uniform(planner: Planner, limit: float) -> tuple[Step, ...] | None:
     best: tuple[float, dict[str, str], Whole] | None = None
     for whole in planner.wholes:
         table = whole.on(planner.table)
-        for label in table.actions:
-            chosen = {layer: label if label in row else KEEP for layer, row in table.entries.items()}
+        for chosen in uniform_choices(table, {"size": limit})[:1]:
             damage = table.damage(chosen) + whole.effect.damage
-            fits = table.total(chosen, "size") <= limit and alive(table, chosen)
-            if fits and (best is None or damage < best[0]):
+            if best is None or damage < best[0]:
                 best = (damage, chosen, whole)
     return None if best is None else planner.table.steps(planner.model, best[1], best[2].methods)
 

@@ -8,7 +8,7 @@ grid, another rounding) is listed in notes beside the configuration.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,11 +97,12 @@ EITHER = {2: "q2_k", 3: "q3_k", 6: "q6_k", 7: "q8_0", 8: "q8_0"}  # bits → typ
 TYPES = {(4, False): "q4_1", (4, True): "q4_0", (5, False): "q5_1", (5, True): "q5_0"}
 TYPES |= {(bits, symmetric): kind for bits, kind in EITHER.items() for symmetric in (False, True)}
 FILE_TYPES = {"float16": "F16", "bfloat16": "BF16"}
+HALVES = {"half_weights": r"--tensor-type blk\.{block}\.={kind}", "half_embeddings": "--token-embedding-type {kind}"}
 
 
 def llama_cpp(plan: CompressionPlan, about: About = None) -> str:
     """Arguments of ``llama-quantize``, one a line: ``--tensor-type`` overrides by block, and what goes with them, as comments."""
-    rest = _only(plan, "llama.cpp", "drop_layers", "half_precision", "packed_embeddings")
+    rest = _only(plan, "llama.cpp", "drop_layers", "half_precision", "packed_embeddings", *HALVES)
     gone = sorted(_block(layer) for step in rest if step.method == "drop_layers" for layer in step.layers)
     kept = {layer: storage for layer, storage in storages(plan).items() if _block(layer) not in gone}
     if (
@@ -117,6 +118,9 @@ def llama_cpp(plan: CompressionPlan, about: About = None) -> str:
         number = _block(layer) - sum(block < _block(layer) for block in gone)
         lines.append(rf"--tensor-type blk\.{number}\.={TYPES[storage.bits, storage.symmetric]}")
     for step in rest:
+        if step.method in HALVES:
+            kind = FILE_TYPES[step.settings.get("dtype", "float16")].lower()
+            lines += [HALVES[step.method].format(block=b, kind=kind) for b in _numbers(step, gone)]
         if step.method == "packed_embeddings":
             kind = TYPES[step.settings.get("bits", 8), step.settings.get("symmetric", False)]
             lines.append(f"--token-embedding-type {kind}")
@@ -134,6 +138,13 @@ def _llama_notes(kept: Mapping[str, Storage]) -> list[str]:
     if any(s.activations for s in kept.values()):
         notes.append("activations: llama.cpp rounds them by blocks where its kernels want it, whatever the plan says")
     return notes
+
+
+def _numbers(step: Step, gone: Sequence[int]) -> list[int]:
+    """The blocks of a step as they are numbered once those `gone` are; one 0 for what lies in no block."""
+    if step.method == "half_embeddings":
+        return [0]
+    return [n - sum(g < n for g in gone) for n in map(_block, step.layers) if n not in gone]
 
 
 def _block(layer: str) -> int:

@@ -12,7 +12,9 @@ import yaml
 import layerwise as lw
 from layerwise.compress.drop_layers import DropLayers
 from layerwise.compress.gptq import Gptq
+from layerwise.compress.half_embeddings import HalfEmbeddings
 from layerwise.compress.half_precision import HalfPrecision
+from layerwise.compress.half_weights import HalfWeights
 from layerwise.compress.int8_dynamic import Int8Dynamic
 from layerwise.compress.low_rank import LowRank
 from layerwise.compress.packed_embeddings import PackedEmbeddings
@@ -42,6 +44,10 @@ def test_llama_cpp_names_blocks_as_they_are_numbered_after_the_cut() -> None:
         r"--tensor-type blk\.0\.=q8_0", r"--tensor-type blk\.1\.=q4_0", "--token-embedding-type q8_0"
     ]  # fmt: skip
     assert any("F16" in x for x in lines)
+    halves = plan((DropLayers(), ["model.layers.0"]), (HalfWeights(), ["model.layers.2"]), (HalfEmbeddings("bfloat16"), []))
+    assert [x for x in halves.to_format("llama.cpp").splitlines() if x.startswith("--")] == [
+        r"--tensor-type blk\.1\.=f16", "--token-embedding-type bf16"
+    ]  # fmt: skip
     assert any("importance matrix" in x for x in lines)
 
 

@@ -49,6 +49,15 @@ def test_it_finds_the_least_damage_within_every_limit(seed: int) -> None:
         assert found.damage(chosen) == pytest.approx(best, abs=1e-6)
 
 
+def test_small_damages_are_told_apart_beside_large_ones_and_bytes_are_used() -> None:
+    """Fails where differences of 1e-8 nats drown in an action of 10: then the smaller choice is taken, and bytes are left."""
+    labels = {KEEP: (100, 0.0), "half": (50, 1e-9), "eight": (27, 3e-8), "four": (14, 1e-5), "drop": (0, 10.0)}
+    entries = {n: {k: Entry(n, k, size=s, params=s, damage=d) for k, (s, d) in labels.items()} for n in ("a", "b", "c")}
+    found = Table(entries, {k: Action() for k in labels}, {"size": 0.0})
+    assert sorted((solve(found, {"size": 150}) or {}).values()) == ["half", "half", "half"]
+    assert sorted((solve(found, {"size": 105}) or {}).values()) == ["eight", "eight", "half"]
+
+
 def test_one_layer_stays() -> None:
     found = table(0)
     chosen = solve(found, {"size": 7 + 60.0})

@@ -37,7 +37,7 @@ class PackedEmbeddings(CompressionMethod):
 
     @classmethod
     def variants(cls) -> tuple[CompressionMethod, ...]:
-        return (cls(8), cls(4))
+        return tuple(cls(bits) for bits in (8, 4, 6, 5))
 
     @property
     def grid(self) -> Grid:

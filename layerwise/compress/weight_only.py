@@ -35,7 +35,7 @@ class WeightOnly(CompressionMethod):
 
     @classmethod
     def variants(cls) -> tuple[CompressionMethod, ...]:
-        return tuple(cls(bits) for bits in (4, 8, 3))
+        return tuple(cls(bits) for bits in (4, 8, 3, 6, 5))
 
     @property
     def grid(self) -> Grid:

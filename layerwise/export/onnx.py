@@ -28,7 +28,7 @@ from layerwise.export._inputs import Inputs, NamedForward
 from layerwise.export._int8 import compact, unrounded, without_rounding
 from layerwise.export._parity import BOUNDS, compared, other_sizes, reason, removed
 from layerwise.export._quantize import check
-from layerwise.lowbit.packed import PackedWeight, floats_
+from layerwise.lowbit.floats import STORED, floats_
 from layerwise.model import UniversalModel
 from layerwise.proofs import relative_error
 from layerwise.quiet import silence_import_noise
@@ -105,7 +105,7 @@ def proved(
 
 def unpacked(model: UniversalModel) -> tuple[UniversalModel, list[str]]:
     """The model with floats in the place of packed weights, which no operator of ONNX reads, and a note that says so."""
-    if not any(isinstance(p, PackedWeight) for p in model.module.parameters()):
+    if not any(isinstance(p, STORED) for p in model.module.parameters()):
         return model, []
     floats = model.clone()
     count = floats_(floats.module)

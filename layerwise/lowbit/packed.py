@@ -126,13 +126,5 @@ def place_(root: nn.Module, old: Tensor, new: Tensor) -> None:
             setattr(module, name, parameter)
 
 
-def floats_(root: nn.Module) -> int:
-    """Puts the values of every packed weight in its place, for whoever has no use for codes; how many there were."""
-    packed = {id(p): p for p in root.parameters() if isinstance(p, PackedWeight)}
-    for weight in packed.values():
-        place_(root, weight, weight.dequantize())
-    return len(packed)
-
-
 def _without_dtype(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in kwargs.items() if k not in ("dtype", "memory_format")}

@@ -15,6 +15,7 @@ from typing import Any
 from layerwise.method import METHODS, CompressionMethod, step_of
 from layerwise.model import UniversalModel
 from layerwise.plan import Step
+from layerwise.planning.outside import REST
 from layerwise.spec import written
 
 KEEP = "keep"  # the label of doing nothing
@@ -115,12 +116,16 @@ COSTS = ("size", "params", "macs", "nonzero", "latency")
 
 @dataclass
 class Table:
-    """The entries of every layer, ``keep`` first, and the costs of what is in no layer (`rest`)."""
+    """The entries of every layer, ``keep`` first, and the costs of what is in no layer (`rest`).
+
+    Where something can be done to the latter, a row `REST` says what that changes costs by.
+    """
 
     entries: dict[str, dict[str, Entry]]
     actions: dict[str, Action]
     rest: dict[str, float]
     notes: list[str] = field(default_factory=list)
+    touched: dict[str, float] = field(default_factory=dict)  # action outside the layers → the bytes of what it replaces
 
     def total(self, chosen: Assignment, metric: str) -> float:
         """The whole model's cost under an assignment, as far as the table knows it."""
@@ -143,6 +148,13 @@ class Table:
                     row[action.label] = _pair(row[KEEP], row[first], row[second], action.label)
                     self.actions[action.label] = action
 
+    def add_rest(self, entries: Sequence[tuple[Entry, Action, float]]) -> None:
+        """A row of what can be done outside of the layers: entries of differences in cost, and the bytes that are replaced."""
+        if entries:
+            self.entries[REST] = {KEEP: Entry(REST, KEEP)} | {e.action: e for e, _, _ in entries}
+            self.actions |= {action.label: action for _, action, _ in entries}
+            self.touched |= {action.label: size for _, action, size in entries}
+
     def steps(self, model: UniversalModel, chosen: Assignment, wholes: Sequence[CompressionMethod] = ()) -> tuple[Step, ...]:
         """The plan's steps for an assignment, in the order of `stage`; the same method on several layers is one step."""
         groups: dict[str, tuple[CompressionMethod, list[str]]] = {}
@@ -150,10 +162,16 @@ class Table:
             for method in self.actions[chosen.get(layer.name, KEEP)].methods:
                 groups.setdefault(label_of(method), (method, []))[1].append(layer.name)
         gone = {n for m, names in groups.values() for n in names if m.selective and m.structural}
-        for method in wholes:
+        beside = self.actions[chosen.get(REST, KEEP)].methods  # last: what is stored in bits can no longer be cast
+        for method in (*wholes, *beside):
             left = [x.name for x in model.layers if x.name not in gone and not method.treats(x)]
             groups[label_of(method)] = (method, left)
-        ordered = sorted(groups.items(), key=lambda item: (stage(item[1][0]), not item[1][0].selective, item[0]))
+
+        def turn(item: tuple[str, tuple[CompressionMethod, list[str]]]) -> tuple[int, bool, str]:
+            label, (method, _) = item
+            return 3 if method in beside else stage(method), not method.selective, label
+
+        ordered = sorted(groups.items(), key=turn)
         return tuple(step_of(method, names) for _, (method, names) in ordered)
 
     def rows(self) -> list[dict[str, Any]]:

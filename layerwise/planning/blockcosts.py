@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from layerwise import trees
 from layerwise.data import Batch
 from layerwise.model import UniversalModel
 from layerwise.structure import Layer
@@ -43,7 +43,7 @@ def arguments_of(model: UniversalModel, batch: Batch) -> dict[str, Arguments]:
     def recorder(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def record(module: nn.Module, args: Any, kwargs: Any) -> None:
             if name not in seen:
-                seen[name] = (trees.mapped(args, Tensor.clone), trees.mapped(dict(kwargs), Tensor.clone))
+                seen[name] = copy.deepcopy((args, dict(kwargs)))  # with what holds keys and values, which the block adds to
 
         return record
 
@@ -70,7 +70,7 @@ def time_blocks(before: nn.Module, after: nn.Module, arguments: Arguments, repea
 
 
 def _milliseconds(block: nn.Module, arguments: Arguments) -> float:
-    args, kwargs = trees.mapped(arguments, Tensor.clone)  # a block may write into its input
+    args, kwargs = copy.deepcopy(arguments)  # a block may write into its input
     cuda = any(p.is_cuda for p in block.parameters())
     if cuda:
         torch.cuda.synchronize()
@@ -82,7 +82,7 @@ def _milliseconds(block: nn.Module, arguments: Arguments) -> float:
 
 
 def _copied(batch: Batch) -> Batch:
-    return batch.map(Tensor.clone)
+    return copy.deepcopy(batch)
 
 
 def rest_of(model: UniversalModel, whole: Mapping[str, float]) -> dict[str, float]:

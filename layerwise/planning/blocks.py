@@ -17,10 +17,11 @@ from layerwise.errors import LayerwiseError, UsageError
 from layerwise.method import CompressionMethod
 from layerwise.model import UniversalModel
 from layerwise.patching import Replacement, replacing
+from layerwise.planning.outside import REST, Outside, outer_shell, outside
 from layerwise.supplies import NOTHING, Supplies
 from layerwise.tensors import byte_size, distinct
 
-Blocks = Mapping[str, nn.Module]  # layer → what computes in its place
+Blocks = Mapping[str, nn.Module]  # layer → what computes in its place; `REST` → an `Outside`
 
 
 def shell(model: UniversalModel, layers: Iterable[str]) -> UniversalModel:
@@ -33,11 +34,12 @@ def shell(model: UniversalModel, layers: Iterable[str]) -> UniversalModel:
 def build(
     model: UniversalModel, methods: Sequence[CompressionMethod], layers: Sequence[str], supplies: Supplies = NOTHING
 ) -> dict[str, nn.Module]:
-    """`layers` after `methods`, one after the other; layers that one of them cannot treat are missing.
+    """`layers` after `methods`, one after the other; layers that one of them cannot treat are missing. `REST` stands alone.
 
     Raises what the method raises, and `UsageError` (LW-C16) where it writes into tensors outside of its layers.
     """
-    stage, left = shell(model, layers), list(layers)
+    rest = list(layers) == [REST]
+    stage, left = (outer_shell(model), [x.name for x in model.layers]) if rest else (shell(model, layers), list(layers))
     shared = [(name, t, t.data_ptr(), t._version) for name, t in distinct(model.module)]
     for method in methods:
         there = {layer.name: layer for layer in stage.layers}
@@ -50,6 +52,9 @@ def build(
         if (tensor.data_ptr(), tensor._version) != (pointer, version):
             named = ", ".join(method.name for method in methods)
             raise UsageError(f"{named} wrote into {name}, outside of the layers that it was given.", code="LW-C16")
+    if rest:
+        changed = outside(model, stage)
+        return {} if changed is None else {REST: changed}
     return {name: stage.module.get_submodule(name) for name in left}
 
 
@@ -74,7 +79,8 @@ def installed(model: UniversalModel, blocks: Blocks) -> Iterator[None]:
     """Inside, `model` computes with `blocks` in the place of its own."""
     with ExitStack() as stack:
         for name, block in blocks.items():
-            stack.enter_context(replacing(model.layer(name).module, standing_in(block)))
+            changed = block.instead(model.module) if isinstance(block, Outside) else None
+            stack.enter_context(changed or replacing(model.layer(name).module, standing_in(block)))
         yield
 
 

@@ -28,11 +28,13 @@ from layerwise.model import UniversalModel
 from layerwise.patching import Replacement
 from layerwise.plan import CompressionPlan
 from layerwise.planning.blocks import Blocks, build_each, installed
+from layerwise.planning.outside import REST
 from layerwise.replay import Replay
 from layerwise.supplies import Supplies
 from layerwise.task import task_named
 from layerwise.tensors import byte_size
 
+DEAR = 0.25  # of the model's bytes: room for blocks whose making took forwards (calibration)
 LOGITS = frozenset({"classification", "language_modelling", "token_classification", "fidelity", "generation"})
 
 
@@ -46,6 +48,14 @@ class Effect:
     failure: str = ""
 
 
+@dataclass(frozen=True)
+class _Dear:
+    """A kept block, and the forwards that it took per byte."""
+
+    block: nn.Module
+    worth: float
+
+
 @dataclass
 class Meter:
     """Measures on `data`; `spent` counts forward equivalents, those of `calibration` included."""
@@ -54,6 +64,7 @@ class Meter:
     data: Data
     spent: float = 0.0
     references: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    dear: dict[tuple[str, str], _Dear] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.model.see(self.data[0])
@@ -76,7 +87,7 @@ class Meter:
             if self.model.task.name not in LOGITS:
                 whole.add(reference, replay.batch, reference)
             for change, tally in zip(changes, tallies, strict=True):
-                tally.run(replay, self._replacements(change, replay), reference)
+                tally.run(replay.batch, reference, lambda change=change, replay=replay: self._output(replay, base, change))  # type: ignore[misc]  # called at once
             self.spent += counts.block_calls * batch.size / (self.calls * self.samples)
         before = whole.task.means().get("loss", 0.0) if self.model.task.name not in LOGITS else None
         return [tally.effect(before) for tally in tallies]
@@ -101,15 +112,29 @@ class Meter:
     def build(
         self, methods: Sequence[CompressionMethod], layers: Sequence[str], supplies: Supplies
     ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-        """`build_each` on the model, its forwards counted."""
+        """`build_each` on the model, its forwards counted. Small blocks that took forwards are kept: who asks again gets them."""
+        key, begun = repr(methods), self.spent
+        known = {name: self.dear[key, name].block for name in layers if (key, name) in self.dear}
+        left = [name for name in layers if name not in known]
+        if not left:
+            return known, {}
         with self._counting() as clean:
-            built, failed = build_each(self.model, methods, layers, supplies)
+            built, failed = build_each(self.model, methods, left, supplies)
             for block in built.values():
                 clean(block)
-        return built, failed
+        if self.spent > begun:
+            self.dear |= {(key, n): _Dear(b, (self.spent - begun) / len(built) / max(byte_size(b), 1)) for n, b in built.items()}
+            while self.bytes_beside({}) > DEAR * byte_size(self.model.module):
+                self.dear.pop(min(self.dear, key=lambda pair: self.dear[pair].worth))
+        return known | built, failed
+
+    def bytes_beside(self, blocks: Blocks) -> int:
+        """What `blocks` hold together with those that are kept."""
+        return byte_size(nn.ModuleList([*(kept.block for kept in self.dear.values()), *blocks.values()]))
 
     def carry_out(self, plan: CompressionPlan, supplies: Supplies) -> Applied:
-        """`apply_plan` on the model, its forwards counted."""
+        """`apply_plan` on the model, its forwards counted. The copy fills the memory: kept blocks have to go."""
+        self.dear.clear()
         with self._counting() as clean:
             applied = apply_plan(self.model, plan, supplies)
             clean(applied.model.module)
@@ -132,6 +157,16 @@ class Meter:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _output(self, replay: Replay, base: Blocks, change: Blocks) -> Tensor:
+        """What comes out with `change` on top of `base`. What is changed outside of the layers comes before them: all run."""
+        if not change:
+            return replay.output
+        if REST not in change:
+            return replay.replacing(self._replacements(change, replay))
+        replay.counts.block_calls += self.calls
+        with installed(self.model, {**base, **change}):
+            return self.model.predict(replay.batch)
 
     def _replacements(self, change: Blocks, replay: Replay) -> dict[int, Replacement]:
         def swap(block: nn.Module) -> Replacement:
@@ -173,12 +208,11 @@ class _Tally:
     divergence: Evaluation
     failure: str = ""
 
-    def run(self, replay: Replay, replacements: Mapping[int, Replacement], reference: Tensor) -> None:
+    def run(self, batch: Batch, reference: Tensor, output: Callable[[], Tensor]) -> None:
         if self.failure:
             return
         try:
-            output = replay.replacing(replacements) if replacements else replay.output
-            self.add(output, replay.batch, reference)
+            self.add(output(), batch, reference)
         except LayerwiseError as error:
             self.failure = error.what
 

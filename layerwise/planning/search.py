@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from layerwise.planning.actions import KEEP, Assignment, Entry, Table
-from layerwise.planning.blocks import bytes_of
+from layerwise.planning.blocks import Blocks
 from layerwise.planning.effects import Effect, Meter
+from layerwise.planning.outside import REST, Outside, rest_bytes
 from layerwise.planning.solve import kept, solve
 from layerwise.supplies import Supplies
 from layerwise.tensors import byte_size, nonzero_count, parameter_count
@@ -37,6 +38,10 @@ class State:
     @property
     def damage(self) -> float:
         return self.effect.damage
+
+    def bare(self) -> State:
+        """The same without its blocks, for whoever keeps many; they can be built again."""
+        return replace(self, blocks={})
 
 
 @dataclass
@@ -63,9 +68,26 @@ class Search:
             self._ticked()
         return State(dict(chosen), blocks, self.seen[key])
 
+    def heat(self, chosen: Assignment, rest: Sequence[str], share: float) -> list[float]:
+        """The damages of `chosen` with each of the `rest` actions outside of the layers, on a part of the data; infinite where
+        something cannot be built.
+        """
+        blocks = self._built(chosen, None)
+        if blocks is None:
+            return [math.inf] * len(rest)
+        damages = {KEEP: self.meter.effects(blocks, [{}], share)[0].damage} if KEEP in rest else {}
+        for group in self._groups(blocks, [(REST, label) for label in rest if label != KEEP]):
+            effects = self.meter.effects(blocks, [{REST: block} for block in group.values()], share)
+            damages |= {label: effect.damage for (_, label), effect in zip(group, effects, strict=True)}
+        self._ticked()
+        return [damages.get(label, math.inf) for label in rest]
+
     def improve(self, held: State, limits: Mapping[str, float], forwards: float) -> State:
         """The best state that was found from `held` within `limits`, spending about `forwards`."""
         end = self.meter.spent + forwards
+        if forwards <= 0:
+            return held
+        held = self.state(held.chosen) or held
         while self.meter.spent < end:
             around = self._around(held, limits, end)
             better = next(self._better(held, limits, around, end), None)
@@ -111,7 +133,7 @@ class Search:
         """(layer, action) → what the whole's damage changes by when that layer alone is changed; 0 for the actions held."""
         around = dict.fromkeys(held.chosen.items(), 0.0)
         wanted = self._affordable(self._neighbours(held), end - self.meter.spent)
-        for group in self._groups(held, wanted):
+        for group in self._groups(held.blocks, wanted):
             effects = self.meter.effects(held.blocks, [{layer: block} for (layer, _), block in group.items()])
             around |= {pair: effect.damage - held.damage for pair, effect in zip(group, effects, strict=True)}
             self._ticked()
@@ -133,7 +155,7 @@ class Search:
     def _affordable(self, wanted: list[tuple[str, str]], forwards: float) -> list[tuple[str, str]]:
         """As many neighbours as half of the forwards pay for, those of every layer by turns, the most telling layers first."""
         layers = [x.name for x in self.meter.model.layers]
-        price = {name: (len(layers) - i) / len(layers) for i, name in enumerate(layers)}
+        price = {name: (len(layers) - i) / len(layers) for i, name in enumerate(layers)} | {REST: 1.0}
         taken, left = [], max(forwards - 2, 0.0) / (1 if len(layers) < 4 else 1.5)
         for pair in sorted(wanted, key=lambda p: (self.table.entries[p[0]][p[1]].damage, p)):
             if price[pair[0]] <= left:
@@ -141,13 +163,13 @@ class Search:
                 taken.append(pair)
         return [pair for pair in wanted if pair in set(taken)]
 
-    def _groups(self, held: State, wanted: list[tuple[str, str]]) -> Iterator[dict[tuple[str, str], nn.Module]]:
-        """The blocks of the wanted pairs, no more at once than fit beside the held ones in the room of one model."""
-        room = byte_size(self.meter.model.module) - bytes_of(held.blocks)
+    def _groups(self, held: Blocks, wanted: list[tuple[str, str]]) -> Iterator[dict[tuple[str, str], nn.Module]]:
+        """The blocks of the wanted pairs, no more at once than fit beside the `held` ones in the room of one model."""
+        room = byte_size(self.meter.model.module) - self.meter.bytes_beside(held)
         group: dict[tuple[str, str], nn.Module] = {}
         sizes = 0
         for layer, label in wanted:
-            size = byte_size(self.meter.model.layer(layer).module)
+            size = rest_bytes(self.meter.model) if layer == REST else byte_size(self.meter.model.layer(layer).module)
             if group and sizes + size > room:
                 yield group
                 group, sizes = {}, 0
@@ -155,11 +177,13 @@ class Search:
             if block is not None:
                 group[layer, label] = block
                 sizes += byte_size(block)
-                self.peak = max(self.peak, bytes_of(held.blocks) + sizes)
+                self.peak = max(self.peak, self.meter.bytes_beside({**held, **{str(k): b for k, b in group.items()}}))
         if group:
             yield group
 
     def _block(self, layer: str, label: str) -> nn.Module | None:
+        if label == KEEP and layer == REST:
+            return Outside({})
         if label == KEEP:
             return copy.copy(
                 self.meter.model.layer(layer).module
@@ -187,7 +211,7 @@ class Search:
             for layer, block in built.items():
                 self._note(layer, label, block)
             blocks |= built
-        self.peak = max(self.peak, bytes_of(blocks))
+        self.peak = max(self.peak, self.meter.bytes_beside(blocks))
         return {layer: blocks[layer] for layer in chosen if layer in blocks}
 
     def _note(self, layer: str, label: str, block: nn.Module) -> None:

@@ -17,6 +17,7 @@ Damages = Mapping[tuple[str, str], float]  # (layer, action) → nats, in the pl
 
 SMALL = 1e-7  # of the worst damage: what a layer's whole size is worth where two choices do equal damage
 LARGE = 1e5
+ZOOMS = 4  # times that the pairs out of reach are taken out, so that the rest is told apart more finely
 
 
 def solve(table: Table, limits: Mapping[str, float], damages: Damages | None = None) -> dict[str, str] | None:
@@ -24,17 +25,43 @@ def solve(table: Table, limits: Mapping[str, float], damages: Damages | None = N
 
     With `damages` only the layer–action pairs named there are allowed.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp  # half a second that no one else should wait for
-
     known = (
         damages if damages is not None else {(e.layer, e.action): e.damage for r in table.entries.values() for e in r.values()}
     )
-    pairs = [
-        (layer, label)
+    allowed = {
+        (layer, label): known[layer, label]
         for layer, row in table.entries.items()
         for label in row
         if math.isfinite(known.get((layer, label), math.inf))
-    ]
+    }
+    found = _solved(table, limits, allowed)
+    for _ in range(ZOOMS):  # an action of 10 nats on the menu must not hide what is between 1e-8 and 1e-6
+        if found is None:
+            return None
+        near = _within(allowed, sum(allowed[pair] for pair in found.items()))
+        if len(near) == len(allowed):
+            return found
+        allowed = near
+        found = _solved(table, limits, allowed) or found
+    return found
+
+
+def _within(damages: Damages, bound: float) -> dict[tuple[str, str], float]:
+    """The pairs that can be part of an assignment of no more than `bound` damage."""
+    least: dict[str, float] = {}
+    for (layer, _), damage in damages.items():
+        least[layer] = min(damage, least.get(layer, math.inf))
+    total = sum(least.values())
+    slack = 1e-9 * max(abs(bound), 1e-12)
+    return {pair: damage for pair, damage in damages.items() if total - least[pair[0]] + damage <= bound + slack}
+
+
+def _solved(table: Table, limits: Mapping[str, float], known: Damages) -> dict[str, str] | None:
+    from scipy.optimize import Bounds, LinearConstraint, milp  # half a second that no one else should wait for
+
+    pairs = list(known)
+    if {layer for layer, _ in pairs} != table.entries.keys():
+        return None  # a layer is left without any choice
     entries = [table.entries[layer][label] for layer, label in pairs]
     rows = [[float(layer == e.layer) for e in entries] for layer in table.entries]
     constraints = [
@@ -61,7 +88,8 @@ def smallest(table: Table, metric: str) -> dict[str, str]:
     """The assignment that costs least of `metric`, whatever it spoils (one layer is kept where all could go)."""
     chosen = {layer: min(row.values(), key=lambda e: (e.cost(metric), e.damage)).action for layer, row in table.entries.items()}
     if all(not table.entries[layer][label].params for layer, label in chosen.items()):
-        layer = min(table.entries, key=lambda name: _left(table, name, metric).cost(metric))
+        parts = [name for name, row in table.entries.items() if any(e.params for e in row.values())]
+        layer = min(parts, key=lambda name: _left(table, name, metric).cost(metric))
         chosen[layer] = _left(table, layer, metric).action
     return chosen
 
@@ -78,8 +106,8 @@ def _left(table: Table, layer: str, metric: str) -> Entry:
 
 def _objective(entries: list[Entry], damages: list[float]) -> np.ndarray:
     """Damage and a little for bytes, so that of equal choices the smallest is taken; in large numbers, as HiGHS stops at 1e-6."""
-    worst = max(max(damages), 1e-12)
-    largest = max(max(e.size for e in entries), 1.0)
+    worst = max(*map(abs, damages), 1e-15)
+    largest = max(*(abs(e.size) for e in entries), 1.0)
     return LARGE * np.array([d / worst + SMALL * e.size / largest for d, e in zip(damages, entries, strict=True)])
 
 

@@ -16,7 +16,6 @@ from torch import nn
 from layerwise.errors import MissingDependency, TargetMissed
 from layerwise.planning.actions import KEEP, Action, Entry, Menu, Table
 from layerwise.planning.blockcosts import arguments_of, block_costs, rest_of, time_blocks
-from layerwise.planning.blocks import bytes_of
 from layerwise.planning.effects import Effect, Meter
 from layerwise.structure import Layer
 from layerwise.supplies import Supplies
@@ -52,7 +51,7 @@ class Tabulator:
         self.timing = arguments_of(self.meter.model, self.meter.data[0]) if self.timed or self.slow_is_out else {}
         kept = {x.name: Entry(x.name, KEEP).costing(block_costs(x, x.module, None)) for x in layers}
         table = Table({x.name: {KEEP: kept[x.name]} for x in layers}, {KEEP: Action()}, rest_of(self.meter.model, before))
-        share = self._share()
+        share = self.share
         for action in self.menu.actions:
             for entry in self._measured(action, share):
                 table.entries[entry.layer][action.label] = entry
@@ -63,7 +62,8 @@ class Tabulator:
         table.notes = self.notes
         return table
 
-    def _share(self) -> float:
+    @property
+    def share(self) -> float:
         """The part of the data that lets the whole menu be measured with the forwards that may be spent."""
         layers = self.meter.model.layers
         alone = sum((len(layers) - i) / len(layers) for i in range(len(layers)))  # forwards for one action on each layer in turn
@@ -84,7 +84,7 @@ class Tabulator:
 
     def _group(self, action: Action, group: Sequence[Layer], share: float) -> Iterator[Entry]:
         built, failed = self.meter.build(action.methods, [x.name for x in group], self.supplies)
-        self.peak = max(self.peak, bytes_of(built))
+        self.peak = max(self.peak, self.meter.bytes_beside(built))
         names = list(built)
         effects = self.meter.effects({}, [{name: built[name]} for name in names], share)
         for name, effect in zip(names, effects, strict=True):
@@ -122,7 +122,8 @@ class Tabulator:
 
     def _groups(self, layers: Sequence[Layer]) -> Iterator[list[Layer]]:
         """Runs of layers whose blocks take no more room together than the model; one layer at least."""
-        room, group, held = byte_size(self.meter.model.module), list[Layer](), 0
+        room = byte_size(self.meter.model.module) - self.meter.bytes_beside({})
+        group, held = list[Layer](), 0
         for layer in layers:
             size = byte_size(layer.module)
             if group and held + size > room:

@@ -30,7 +30,8 @@ FAMILIES = {
 }
 
 FEW = ("bert", "resnet", "residual")
-FOLLOWING = {"gptq", "mixed_precision", "int8_static"}  # they treat what weight_only or int8_dynamic do, which meet every family
+# they treat what weight_only or int8_dynamic do, which meet every family
+FOLLOWING = {"gptq", "mixed_precision", "int8_static", "half_weights", "half_embeddings"}
 # the first settings meet every family, others one; so does what trains, which is no matter of the architecture
 PAIRS = [
     pytest.param(method, family, id=f"{label}-{family}")
