@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from layerwise.coupling.groups import MODULES, Group
 
-COUNTED = ("head", "kv_group", "expert")  # kinds whose number the modules keep
+HEADS = ("head", "kv_group")
+COUNTED = (*HEADS, "expert")  # kinds whose number the modules keep
 STANDARD = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
@@ -128,4 +129,4 @@ def counts(number: Number, kind: str) -> bool:
     return "." not in number.path and "head" in number.path and not re.search("dim|size|head$", number.path)
 
 
-__all__ = ["COUNTED", "Number", "candidates", "counts", "get", "kept", "numbers_of", "put_back_", "rescale_", "set_"]
+__all__ = ["COUNTED", "HEADS", "Number", "candidates", "counts", "get", "kept", "numbers_of", "put_back_", "rescale_", "set_"]

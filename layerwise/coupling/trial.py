@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from layerwise import trees
 from layerwise.coupling.groups import Group
 from layerwise.coupling.likeness import likeness
-from layerwise.coupling.numbers import COUNTED, Number, candidates, counts, kept, put_back_, rescale_
+from layerwise.coupling.numbers import COUNTED, HEADS, Number, candidates, counts, kept, put_back_, rescale_
 from layerwise.coupling.slicing import cut_, cuts_of, silenced
 from layerwise.data import Batch
 from layerwise.errors import LayerwiseError
@@ -33,6 +34,7 @@ STEPS = (8, 4)  # units that some kernels want at a time: 16 bytes of 16 bits or
 FAILS = "the forward fails"
 ANOTHER = "what it gives beside its output has another shape"
 MOST, PATIENCE = 200, 30.0  # sets of numbers tried for one group, and seconds
+FEW = 8  # sets for groups that were refused before
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def tested(
         else:
             found.append(Tested(group, finding.numbers, finding.step, finding.least, finding.parts))
     found += _across(whole, [g for g in groups if inside[g.name] not in calls], refused)
+    found += _joined(whole, groups, refused)
     order = {g.name: i for i, g in enumerate(groups)}
     return _agreeing(whole, sorted(found, key=lambda t: order[t.group.name]), refused), refused
 
@@ -122,6 +125,29 @@ def _across(whole: _Trial, groups: Sequence[Group], refused: dict[str, str]) -> 
         return [Tested(groups[0], finding.numbers, finding.step)]
     half = len(groups) // 2
     return _across(whole, groups[:half], refused) + _across(whole, groups[half:], refused)
+
+
+def _joined(whole: _Trial, groups: Sequence[Group], refused: dict[str, str]) -> list[Tested]:
+    """Heads that cannot be cut in one block alone, and are alike in several: as one group, where the model runs so.
+
+    What the first block makes for its heads may be handed to the next ones, such as zeros in the place of a table of positions.
+    """
+    alike: dict[str, list[Group]] = {}
+    for group in groups:
+        if group.name in refused and group.kind in HEADS:
+            places = [(p.name, p.dim, p.size, p.indices.shape) for p in group.places]
+            key = re.sub(r"\.\d+\.", ".#.", repr((group.kind, group.units, places)))
+            alike.setdefault(key, []).append(group)
+    found = []
+    for parts in alike.values():
+        blocks = tuple(dict.fromkeys(b for g in parts for b in g.blocks))
+        group = replace(parts[0], blocks=blocks, places=tuple(p for g in parts for p in g.places))
+        finding = _searched(whole, group, _middle(group), FEW) if len(parts) > 1 else _Finding(reason="alone")
+        if not finding.reason:
+            found.append(Tested(group, finding.numbers, finding.step))
+            for g in parts:
+                del refused[g.name]
+    return found
 
 
 def _middle(group: Group, step: int = 1, parts: int = 1) -> list[int]:
@@ -266,7 +292,7 @@ def _fails(trial: _Trial, group: Group, gone: Sequence[int], numbers: Sequence[N
     return bool(_differs_with(trial, changed, wanted, numbers, (group.units - len(gone), group.units)))
 
 
-def _searched(trial: _Trial, group: Group, units: Sequence[int]) -> _Finding:
+def _searched(trial: _Trial, group: Group, units: Sequence[int], most: int = MOST) -> _Finding:
     chosen = [(group, units)]
     try:
         changed, wanted = trial.copy(chosen), trial.wanted(chosen)
@@ -277,7 +303,7 @@ def _searched(trial: _Trial, group: Group, units: Sequence[int]) -> _Finding:
     if not reason:
         return _Finding(_completed(trial, changed, wanted, (), (group, share)), step)
     started = time.monotonic()
-    for subset in itertools.islice(_subsets(candidates(changed, trial.own(group))), MOST):
+    for subset in itertools.islice(_subsets(candidates(changed, trial.own(group))), most):
         if time.monotonic() - started > PATIENCE:
             break
         numbers = tuple(n for entry in subset for n in entry)

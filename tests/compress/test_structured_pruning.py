@@ -15,13 +15,13 @@ from layerwise.compress.structured_pruning import StructuredPruning
 from layerwise.coupling import coupled
 from layerwise.data import Batch
 from layerwise.errors import UsageError
-from layerwise.method import Applied, apply_plan, method_of, step_of
+from layerwise.method import Applied, apply_plan, method_of, step_of, untreated
 from layerwise.model import UniversalModel
 from layerwise.plan import CompressionPlan
 from layerwise.proofs import judged
 from layerwise.result import Proof
 from layerwise.saved import load_saved, save_model
-from tests.models import CASES, ResidualNet
+from tests.models import CASES, ResidualNet, tokens
 
 
 class Grouped(nn.Module):
@@ -209,6 +209,43 @@ def test_heads_that_share_a_table_of_biases_go_in_all_blocks() -> None:
     found = next(t.group for t in coupled(model).groups if t.group.kind == "head")
     assert found.blocks == ("encoder.block.0", "encoder.block.1", "encoder.block.2")
     assert any("relative_attention_bias" in p.name and p.indices.shape == (4, 1) for p in found.places)
+
+
+def test_heads_that_get_zeros_from_the_first_block_go_in_all_and_the_class_loads_them(tmp_path: Path) -> None:
+    """T5 looks at its encoder without positions: the first block makes zeros for its heads, and hands them on."""
+    case = CASES["t5"]
+    model = case.model()
+    (found,) = [t for t in coupled(model).groups if t.group.name == "decoder.block.0.layer.1.EncDecAttention.q"]
+    assert found.group.blocks == ("decoder.block.0", "decoder.block.1", "decoder.block.2")
+    assert [n.path for n in found.numbers] == ["n_heads"] * 3
+    result = pruned(model, ratio=0.5, prune_type="head")
+    assert len(result.plan.steps[0].settings["groups"]) == 3  # of the encoder, of the decoder, and between them
+    assert proof(model, result).passed
+    save_model(result.model, tmp_path / "model")
+    again = type(model.module).from_pretrained(tmp_path / "model").eval()  # type: ignore[attr-defined]
+    assert again.config.num_heads == 2
+    assert torch.allclose(UniversalModel(again).predict(case.batch(3)), result.model.predict(case.batch(3)), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt"])
+def test_heads_whose_slopes_are_made_from_their_number_stay_and_hidden_units_go(family: str) -> None:
+    """ALiBi: slopes are worked out from how many heads there are, so that those of the heads that stay would be others."""
+    import transformers as tf
+
+    build = {
+        "bloom": lambda: tf.BloomForCausalLM(
+            tf.BloomConfig(vocab_size=100, hidden_size=32, n_layer=2, n_head=4, use_cache=False)
+        ),
+        "mpt": lambda: tf.MptForCausalLM(tf.MptConfig(vocab_size=100, d_model=32, n_layers=2, n_heads=4, use_cache=False)),
+    }
+    torch.manual_seed(0)
+    model = UniversalModel(build[family]().eval(), example=tokens()(2))
+    reasons = untreated(StructuredPruning(prune_type="head"), model, [layer.name for layer in model.layers])
+    assert all(("query_key_value" in r and "fixed size" in r) or ("Wqkv" in r and "forward fails" in r) for r in reasons.values())
+    assert len(reasons) == len(model.layers) == 2
+    result = pruned(model, ratio=0.5)
+    assert [entry[0] for entry in result.plan.steps[0].settings["groups"].values()] == [128, 128]
+    assert proof(model, result).passed
 
 
 class Padded(nn.Module):
