@@ -115,7 +115,7 @@ class Planner:
         slow_is_out = self.methods == "auto"
         tabulator = Tabulator(self.meter, menu, self.supplies, TABLE * self.forwards, timed, slow_is_out, self.tick, self.notes)
         self.table = tabulator.make(self.before)
-        sorting = Sorting(self.meter, self.supplies, self.notes, slow_is_out, tabulator.share, self.tick)
+        sorting = Sorting(self.meter, self.supplies, self.notes, slow_is_out, tabulator.share, menu.actions, self.tick)
         self.wholes, beside = sorting.sort(menu.wholes)
         self.table.add_rest(beside)
         self.seen: dict[frozenset[tuple[str, str]], Effect] = {}

@@ -82,6 +82,8 @@ def test_the_table_knows_the_bytes_of_every_combination() -> None:
     for whole, rest in itertools.product(planner.wholes, [None, *TABLES[:2]]):
         label = "keep" if rest is None else next(k for k, a in planner.table.actions.items() if a.methods == (rest,))
         chosen = {**dict.fromkeys(names, "weight_only(bits=8, group=8)"), REST: label}
+        half = "half_weights" in whole.on(planner.table).entries[names[0]]
+        assert half == (not whole.methods)  # under a cast there is nothing left to store in 16 bits, and it would be refused
         steps = planner.table.steps(model, chosen, whole.methods)
         real = byte_size(apply_plan(model, CompressionPlan(steps)).model.module)
         told = whole.on(planner.table).total(chosen, "size")

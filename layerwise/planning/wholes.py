@@ -34,6 +34,7 @@ class Whole:
     layers: dict[str, float] = field(default_factory=dict)
     rest: float = 1.0
     effect: Effect = field(default_factory=lambda: Effect(0.0, 0.0, {}))
+    refused: frozenset[tuple[str, str]] = frozenset()  # (layer, method that stores bits) that has nothing to do by then
 
     def on(self, table: Table) -> Table:
         """The table with bytes as they are on top of these methods.
@@ -51,10 +52,17 @@ class Whole:
             return size * (1.0 if stored else self.layers[layer])
 
         entries = {
-            layer: {label: replace(entry, size=scaled(layer, label)) for label, entry in row.items()}
+            layer: {
+                label: replace(entry, size=scaled(layer, label))
+                for label, entry in row.items()
+                if self._offers(layer, label, table)
+            }
             for layer, row in table.entries.items()
         }
         return Table(entries, table.actions, table.rest | {"size": table.rest["size"] * self.rest}, table.notes, table.touched)
+
+    def _offers(self, layer: str, label: str, table: Table) -> bool:
+        return not any((layer, label_of(method)) in self.refused for method in table.actions[label].methods)
 
 
 @dataclass
@@ -69,6 +77,9 @@ class Sorting:
     notes: list[str]
     slow_is_out: bool = True
     share: float = 1.0
+    actions: Sequence[
+        Action
+    ] = ()  # for single layers: those that a whole-model method leaves nothing to do are no choice under it
     tick: Callable[[], None] | None = None
 
     def sort(self, methods: Sequence[CompressionMethod]) -> tuple[list[Whole], list[RestEntry]]:
@@ -123,7 +134,9 @@ class Sorting:
         sizes = {x.name: (byte_size(x.module), byte_size(changed.module.get_submodule(x.name))) for x in model.layers}
         beside = [byte_size(m.module) - sum(s[i] for s in sizes.values()) for i, m in enumerate((model, changed))]
         factors = {name: new / max(old, 1) for name, (old, new) in sizes.items()}
-        return Whole((method,), factors, beside[1] / max(beside[0], 1), self.meter.compared(changed))
+        storing = [m for action in self.actions for m in action.methods if stage(m) == 3]
+        refused = frozenset((x.name, label_of(m)) for x in changed.layers for m in storing if m.treats(x))
+        return Whole((method,), factors, beside[1] / max(beside[0], 1), self.meter.compared(changed), refused)
 
 
 def _stands_in(model: UniversalModel, block: Outside, changed: UniversalModel) -> bool:
