@@ -325,9 +325,17 @@ def section(result: dict[str, Any]) -> str:
         "Larger batches: 32 images of ResNet-20, 16 samples of the others. vit_tiny_224 has random weights: its speed is that of "
         "the architecture, and it has no accuracy.",
         *(_kept(subject, method) for subject, method in groups if KEEP in method),
+        *_missing(set(groups)),
+        *dict.fromkeys(f"{s}, {_way(m)}: {r['note']}" for (s, m), tried in groups.items() for r in tried if "note" in r),
         *refused,
     ]
     return "\n\n".join(["\n".join(lines), *said])
+
+
+def _missing(there: set[tuple[str, str]]) -> list[str]:
+    wanted = [(subject, "onnx_static") for subject in SUBJECTS] + [(s, f"onnx_dynamic{KEEP}{keep}") for s, keep in KEPT.items()]
+    absent = [f"{subject}, {_way(method)}" for subject, method in wanted if (subject, method) not in there]
+    return [f"Not measured yet: {'; '.join(absent)}."] if absent else []
 
 
 def _kept(subject: str, method: str) -> str:
