@@ -22,6 +22,7 @@ PARTS = {
     "pruning": "ResNet-20 at half its multiply-accumulates, and zeros",
     "planner": "The planner against uniform, random and last-k",
     "lowbit": "Weights in 4 and 3 bits",
+    "torchao": "8 bits in torch, and training with the rounding in place",
     "onnx_int8": "8-bit ONNX",
     "distill": "Distillation",
     "factor": "Low rank",

@@ -43,7 +43,8 @@ RESULTS = Path(__file__).resolve().parent / "results" / "compression_lowbit.json
 COMMAND = "python benchmarks/compression_lowbit.py"
 SEEDS = (0, 1, 2)
 BITS = (4, 3)
-CALIBRATION = 64
+CALIBRATION = 64  # samples that roundings are corrected on
+WEIGHED = 128  # samples that mixed bits are weighed on, the first 64 of which are those
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,16 @@ def stories260k() -> Subject:
     start = parts.model.adapter.tokenizer.bos_token_id  # type: ignore[attr-defined]  # the text adapter has one
 
     def calibration(seed: int) -> Data:
-        ids, g = torch.full((CALIBRATION, 1), start), torch.Generator().manual_seed(100 + seed)
+        ids = torch.cat([written(100 + seed + 1000 * part) for part in range(WEIGHED // CALIBRATION)])
+        return Data.of([Batch((), {"input_ids": x, "attention_mask": torch.ones_like(x)}) for x in ids.split(32)])
+
+    def written(seed: int) -> torch.Tensor:
+        ids, g = torch.full((CALIBRATION, 1), start), torch.Generator().manual_seed(seed)
         with torch.no_grad():
             while ids.shape[1] < 48:
                 last = parts.model.module(input_ids=ids).logits[:, -1].softmax(-1)
                 ids = torch.cat([ids, torch.multinomial(last, 1, generator=g)], 1)
-        return Data.of([Batch((), {"input_ids": x, "attention_mask": torch.ones_like(x)}) for x in ids.split(32)])
+        return ids
 
     return Subject("stories260k", parts.model, parts.evaluation, calibration)
 
@@ -81,7 +86,7 @@ def minilm_sst2() -> Subject:
         listed = [{"text": t[:160], "label": int(y)} for t, y in zip(table["text"], table["label"], strict=True)]
         return load_data(listed, model, batch_size=32)
 
-    return Subject("MiniLM + SST-2", model, rows("test", 600, 0), lambda seed: rows("train", CALIBRATION, seed))
+    return Subject("MiniLM + SST-2", model, rows("test", 600, 0), lambda seed: rows("train", WEIGHED, seed))
 
 
 def main() -> None:
@@ -134,13 +139,11 @@ def judged(subject: Subject, seeds: tuple[int, ...], done: set[tuple[Any, ...]])
             yield told(made(subject, WeightOnly(bits), names, None, wanted, references))
         for seed in seeds:
             left = [m for m in contenders(bits) if (subject.name, label(m), bits, seed) not in done]
-            yield from (
-                told(made(subject, method, names, seed, wanted, references)) for method in fitted(subject, left, names, seed)
-            )
+            yield from (told(made(subject, method, names, seed, wanted, references)) for method in left)
 
 
 def contenders(bits: int) -> list[CompressionMethod]:
-    mixed = MixedPrecision(bits, corrected=False, samples=CALIBRATION)
+    mixed = MixedPrecision(bits, corrected=False, samples=CALIBRATION, weighed=WEIGHED)
     return [
         Gptq(bits, samples=CALIBRATION),
         Gptq(bits, order=False, samples=CALIBRATION),
@@ -149,22 +152,13 @@ def contenders(bits: int) -> list[CompressionMethod]:
     ]
 
 
-def fitted(subject: Subject, methods: list[CompressionMethod], names: list[str], seed: int) -> Iterator[CompressionMethod]:
-    """The methods; bits are chosen once for both that mix them."""
-    chosen: dict[str, int] = {}
-    for method in methods:
-        if isinstance(method, MixedPrecision):
-            supplies = Supplies(calibration=subject.calibration(seed))
-            method = replace(method, chosen=chosen).fitted(subject.model, names, supplies)
-            chosen = dict(method.chosen)
-        yield method
-
-
 def made(
     subject: Subject, method: CompressionMethod, names: list[str], seed: int | None, wanted: list[Batch], references: list[Any]
 ) -> dict[str, Any]:
     supplies = Supplies(calibration=None if seed is None else subject.calibration(seed))
     began = time.perf_counter()
+    method = method.fitted(subject.model, names, supplies)
+    weighing, began = time.perf_counter() - began, time.perf_counter()
     applied = apply_plan(subject.model, CompressionPlan((step_of(method, names),)), supplies)
     seconds = time.perf_counter() - began
     step = applied.plan.steps[0]
@@ -173,7 +167,9 @@ def made(
     assert check is not None
     row |= {"proven": check.passed, "worst": round(check.measured, 6), "seconds": round(seconds, 1)}
     chosen = step.settings.get("chosen")
-    row |= {"chosen": dict(pd.Series(list(chosen.values())).value_counts().sort_index().items())} if chosen else {}
+    if isinstance(method, MixedPrecision):
+        row |= {"chosen": dict(pd.Series(list(chosen.values())).value_counts().sort_index().items())}
+        row |= {"weighed": {k: round(v, 6) for k, v in method.measured.items()}, "weighing_seconds": round(weighing, 1)}
     return row | figures(applied.model, wanted, references)
 
 

@@ -8,7 +8,7 @@ never above that of rounding to nearest, and the check can ask for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from layerwise.method import Check
 from layerwise.model import UniversalModel
 from layerwise.tensors import dense, state
 
+Visit = tuple[str, Matrix, Grid, Tensor | None]
 BLOCK = 128  # columns whose errors are spread among themselves before the rest hears of them
 
 
@@ -43,10 +44,18 @@ def correct_(
     how: Correction,
 ) -> None:
     """Packs the chosen weights, layer by layer in the order in which they run, each seeing what the ones before give by then."""
-    for layer, own in by_layer(model, layers, choose(model)):
-        squares = hessians(model, layer, {name: m for name, (m, _) in own.items()}, batches)
+    for _, m, grid, hessian in walk(model, layers, choose(model), batches):
+        place_(model.module, m.parameter, packed(m, grid, hessian, how))
+
+
+def walk(model: UniversalModel, layers: Sequence[str], found: Chosen, batches: Data | None) -> Iterator[Visit]:
+    """The chosen weights in the order in which their layers run, each with its name, grid and Hessian on what the layers before
+    give by then; None where it has none, and for all without `batches`. Who walks puts the roundings in place on the way.
+    """
+    for layer, own in by_layer(model, layers, found):
+        squares = hessians(model, layer, {name: m for name, (m, _) in own.items()}, batches) if batches is not None else {}
         for name, (m, grid) in own.items():
-            place_(model.module, m.parameter, packed(m, grid, squares.get(name), how))
+            yield name, m, grid, squares.get(name)
 
 
 def by_layer(model: UniversalModel, layers: Sequence[str], chosen: Chosen) -> list[tuple[str, Chosen]]:
@@ -134,17 +143,21 @@ def check_corrected(
     layers: Sequence[str],
     choose: Callable[[UniversalModel], Chosen],
     batches: Data,
+    along: Correction | None = None,
 ) -> Check:
-    """On the calibration data, no weight errs more than if it were rounded to nearest: the largest ratio of squared errors."""
+    """On the calibration data, no weight errs more than if it were rounded to nearest: the largest ratio of squared errors.
+
+    The layers before a weight give what they give in `after`; or with `along` what they give once the chosen weights have been
+    corrected in that way, whatever bits they have in `after`.
+    """
     stage, found = before.clone(), state(after.module)
     ratios = dict[str, float]()
-    for layer, own in by_layer(stage, layers, choose(stage)):
-        squares = hessians(stage, layer, {name: m for name, (m, _) in own.items()}, batches)
-        for name, (m, grid) in own.items():
-            made = found[name]
-            assert isinstance(made, PackedWeight)  # check_levels has seen to it
-            ratios[name] = error_ratio(m, grid, made, squares.get(name))
-            place_(stage.module, m.parameter, made.clone())
+    for name, m, grid, hessian in walk(stage, layers, choose(stage), batches):
+        made = found[name]
+        assert isinstance(made, PackedWeight)  # check_levels has seen to it
+        ratios[name] = error_ratio(m, made.grid, made, hessian)
+        kept = made.clone() if along is None or made.grid == grid else packed(m, grid, hessian, along)
+        place_(stage.module, m.parameter, kept)
     worst = max(ratios, key=lambda name: ratios[name])
     middle = sorted(ratios.values())[len(ratios) // 2]
     samples = sum(b.size for b in batches)
