@@ -15,6 +15,7 @@ from layerwise.benchmark.cutting import why_not
 from layerwise.tracking import PerformanceTracker
 
 Result = Mapping[str, Any]
+GROUPS = {"timm": "vision", "torchvision": "vision", "torchaudio": "audio", "graph": "graph"}
 WORDS = {  # in the name of a subject or the kind of its task → domain, the first that is found
     "zero-shot": "multimodal", "image": "vision", "object": "vision", "segmentation": "vision", "mask generation": "vision",
     "vit": "vision", "resnet": "vision", "fsdd": "audio", "audio": "audio", "speech": "audio", "minilm": "text",
@@ -35,6 +36,7 @@ class Record:
     before: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     source: Mapping[str, Any] = field(default_factory=dict)
+    domain: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ def _told(row: Record, part: str, result: Result) -> dict[str, Any]:
 
 
 def domain_of(row: Record) -> str:
-    """By the words in its task, then those in its name; ``other`` where none is known."""
+    """What it says, else by the words in its task, then those in its name; ``other`` where none is known."""
+    if row.domain:
+        return row.domain
     text = f"{row.task} {row.model}".lower()
     return next((domain for word, domain in WORDS.items() if word in text), "other")
 
@@ -89,6 +93,7 @@ def structure(result: Result) -> Iterator[Record | Left]:
         yield Record(
             row["name"], row["kinds"][0], after / before, {}, method, data,
             source={"proofs, relative difference": proofs, "parameters": [before, after], "macs": row["macs"]},
+            domain=GROUPS.get(row["group"], ""),
         )  # fmt: skip
 
 
@@ -110,12 +115,14 @@ def pruning(result: Result) -> Iterator[Record | Left]:
 
 
 def planner(result: Result) -> Iterator[Record | Left]:
+    tested = {cell["subject"]: cell["tests"] for cell in result.get("cells", ())}
     for row in result["rows"]:
-        metric, samples = row["metric"], len(row["samples"])
+        metric, subject = row["metric"], row["subject"]
+        data = _named(subject, f"{tested[subject]} test samples" if subject in tested else "") + " (planner)"
+        damage = {key: row[key] for key in ("damage", "divergence") if key in row}
         yield Record(
-            row["subject"], row["task"], row["ratio"], {**row["metrics"], metric: row["quality"]},
-            _named(row["method"], row["setting"]), f"{row['subject']}, {samples} test samples (planner)",
-            {metric: row["whole"]}, row["seed"], {"steps": row["steps"], "divergence": row["divergence"]},
+            subject, row["task"], row["ratio"], {**row["metrics"], metric: row["quality"]}, _named(row["method"], row["setting"]),
+            data, {metric: row["whole"]}, row["seed"], {"steps": row["steps"], **damage},
         )  # fmt: skip
 
 
