@@ -127,14 +127,22 @@ def planner(result: Result) -> Iterator[Record | Left]:
 
 
 def lowbit(result: Result) -> Iterator[Record | Left]:
+    yield from _packed(result, "lowbit")
+
+
+def torchao(result: Result) -> Iterator[Record | Left]:
+    yield from _packed(result, "torchao")
+
+
+def _packed(result: Result, part: str) -> Iterator[Record | Left]:
     whole = {row["subject"]: row for row in result["rows"] if row["method"] == "none"}
     for row in result["rows"]:
         base = whole[row["subject"]]
         proofs = {"proven": row["proven"]} if "proven" in row else {}
         yield Record(
             row["subject"], "language_modelling" if "perplexity" in row["metrics"] else "classification",
-            row["bytes"] / base["bytes"], row["metrics"], _named(row["method"], f"{row['bits']} bits"),
-            f"{row['subject']} (lowbit)", base["metrics"], int(row.get("seed") or 0), {"divergence": row["divergence"], **proofs},
+            row["bytes"] / base["bytes"], row["metrics"], _named(row["method"], f"{row['bits']} bits" if "bits" in row else ""),
+            f"{row['subject']} ({part})", base["metrics"], int(row.get("seed") or 0), {"divergence": row["divergence"], **proofs},
         )  # fmt: skip
 
 
@@ -185,5 +193,5 @@ def _named(*words: str) -> str:
 
 
 PARTS: Mapping[str, Callable[[Result], Iterator[Record | Left]]] = {
-    f.__name__: f for f in (structure, pruning, planner, lowbit, onnx_int8, distill, factor)
+    f.__name__: f for f in (structure, pruning, planner, lowbit, torchao, onnx_int8, distill, factor)
 }
