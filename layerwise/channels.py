@@ -84,7 +84,7 @@ class Graph:
             raise UsageError(f"Torch-Pruning did not read its graph within {seconds:g} s.", place=model.name) from error
         except Exception as error:
             raise UsageError(f"Torch-Pruning cannot read its graph: {type(error).__name__}: {error}", place=model.name) from error
-        self.groups = {id(g): found for g in self.all() if (found := self.read(g)) is not None}
+        self.groups = [found for g in self.all() if (found := self.read(g)) is not None]
 
     def all(self) -> Iterator[Any]:
         yield from self.graph.get_all_groups(root_module_types=(*CONVS, nn.Linear))

@@ -105,7 +105,7 @@ class ChannelPruning(CompressionMethod):
 def unread(graph: Graph) -> list[tuple[ChannelGroup, list[int]]]:
     """Each group with the channels on which every reader's weights are 0."""
     root, found = graph.copy.module, []
-    for group in graph.groups.values():
+    for group in graph.groups:
         readers = [m for m in group.members if m.side == "in" and not isinstance(root.get_submodule(m.module), nn.BatchNorm2d)]
         gone = [c for c in range(group.size) if all(_silent(root, m.module, m.indices[c]) for m in readers)]
         found.append((group, gone[: group.size - 1]))  # one stays: no module works with none

@@ -125,7 +125,7 @@ class _Search:
     def __init__(self, model: UniversalModel, layers: Sequence[str], supplies: Supplies, ridge: float) -> None:
         assert supplies.calibration is not None
         self.model, self.data, self.reference = model, supplies.calibration, supplies.teacher or model
-        self.readers: dict[str, ChannelGroup] = dict(sole_readers(model, list(Graph(model, layers).groups.values())))
+        self.readers: dict[str, ChannelGroup] = dict(sole_readers(model, Graph(model, layers).groups))
         if not self.readers:
             raise UsageError(
                 f"channel_reconstruction finds no channel inside {', '.join(layers[:3])} that one layer alone reads."
