@@ -125,7 +125,7 @@ Finished rows are kept, so a row is as old as the code that made it; `--fresh` m
 
 
 HEAD = (
-    "| group | works, of those built | asked | of these by the newest code | `from_pretrained` loads it alone "
+    "| group | works, of those built | asked | of these not by earlier code | `from_pretrained` loads it alone "
     "| parameters left (median) |"
 )
 
@@ -133,23 +133,22 @@ HEAD = (
 def section(result: dict[str, Any]) -> str:
     """The part of docs/compression_results.md: counts per group, and every miss with its reason."""
     made = Counter(r.get("commit", "earlier code") for r in result["rows"])
-    newest = max((name for name in made if name != "earlier code"), key=lambda name: made[name], default="")
     groups = [g for g in GROUPS if any(r["group"] == g for r in result["rows"])]
-    lines = [counted(group, [r for r in result["rows"] if r["group"] == group and r["built"]], newest) for group in groups]
+    lines = [counted(group, [r for r in result["rows"] if r["group"] == group and r["built"]]) for group in groups]
     by = "; ".join(f"`{name}` ({count} rows)" for name, count in made.most_common())
     return "\n".join(
         [SAID, "", f"Code: {by}.", "", HEAD, "|---|---|---|---|---|---|", *lines, "", *notes(result), *missed(result)]
     )
 
 
-def counted(group: str, built: list[dict[str, Any]], newest: str) -> str:
-    """A line of the table; `newest`: the commit that made most rows."""
+def counted(group: str, built: list[dict[str, Any]]) -> str:
+    """A line of the table."""
     from layerwise.benchmark.cutting import why_not
 
     good = [r for r in built if not why_not(r)]
     left = sorted(r["parameters"][1] / r["parameters"][0] for r in good)
     plain = sum(bool(r.get("plain")) for r in good)
-    fresh = [sum(r.get("commit") == newest for r in rows) for rows in (good, built)]
+    fresh = [sum("commit" in r for r in rows) for rows in (good, built)]
     asked = f"≥ {100 * MUST[group]:.0f} %" if group in MUST else "–"
     share = f"{len(good)} of {len(built)} ({100 * len(good) / max(len(built), 1):.1f} %)"
     median = left[len(left) // 2] if left else 0

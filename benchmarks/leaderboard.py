@@ -115,14 +115,13 @@ def pruning(result: Result) -> Iterator[Record | Left]:
 
 
 def planner(result: Result) -> Iterator[Record | Left]:
-    tested = {cell["subject"]: cell["tests"] for cell in result.get("cells", ())}
+    tested = {cell["subject"]: cell["tests"] for cell in result["cells"]}
     for row in result["rows"]:
         metric, subject = row["metric"], row["subject"]
-        data = _named(subject, f"{tested[subject]} test samples" if subject in tested else "") + " (planner)"
-        damage = {key: row[key] for key in ("damage", "divergence") if key in row}
+        data = f"{subject}, {tested[subject]} test samples (planner)"
         yield Record(
             subject, row["task"], row["ratio"], {**row["metrics"], metric: row["quality"]}, _named(row["method"], row["setting"]),
-            data, {metric: row["whole"]}, row["seed"], {"steps": row["steps"], **damage},
+            data, {metric: row["whole"]}, row["seed"], {"steps": row["steps"], "damage": row["damage"]},
         )  # fmt: skip
 
 

@@ -7,11 +7,6 @@ from typing import Any
 
 RIVALS = ("uniform", "random", "last-k")
 CONTENDERS = ("planner", *RIVALS)
-EARLIER = (
-    "° Measured with the planner as it was before lookup tables became a row of its table and uniform choices were raced, with a"
-    " smaller menu (8, 4, 3 and 2 bits, no gptq, no 16 bits for single layers) and fewer test samples; the noise of damages was"
-    " not kept then. Not yet measured again."
-)
 
 
 def section(result: dict[str, Any]) -> str:
@@ -44,7 +39,6 @@ def section(result: dict[str, Any]) -> str:
         "",
         f"Menu: {result['menu']}.",
         "",
-        *([EARLIER, ""] if any(c.get("earlier") for c in cells) else []),
         "*uniform* is the best of the uniform choices by what they do on the planning samples: one action on every layer, with"
         " one for the lookup tables, or 16 bits on top. A dash: no choice of that kind meets the budget.",
         *([f"Not yet run: {', '.join(missing)}."] if missing else []),
@@ -56,12 +50,11 @@ def count(cells: list[dict[str, Any]], kind: str, title: str) -> str:
     """In how many cells the planner is ahead, and by more than the noise ahead and behind."""
     played = [c for c in cells if c[kind]["outcome"] != "none"]
     won = sum(c[kind]["outcome"] == "ahead" for c in played)
-    known = [c for c in played if c[kind]["noise"] is not None]
-    clear = sum(c[kind]["gain"] > c[kind]["noise"] for c in known)
-    lost = named([c for c in known if c[kind]["gain"] < -c[kind]["noise"]])
+    clear = sum(c[kind]["gain"] > c[kind]["noise"] for c in played)
+    lost = named([c for c in played if c[kind]["gain"] < -c[kind]["noise"]])
     behind = named([c for c in played if c[kind]["outcome"] != "ahead"])
     share = f"{won} of {len(played)} cells ({won / max(len(played), 1):.0%}; asked: 80 %)"
-    sure = f"of the {len(known)} whose noise is known, by more than it in {clear}, and behind by more than it in {lost}"
+    sure = f"by more than the noise in {clear}, and behind by more than it in {lost}"
     return f"- {title}: ahead of every rival in {share}; {sure}. Not ahead in {behind}."
 
 
@@ -107,11 +100,9 @@ def line(cell: Mapping[str, Any], kind: str) -> str:
     gap = "–"
     if (found := cell[kind])["outcome"] != "none":
         change = found["gain"] * scale * (-1 if kind == "damage" else 1)
-        noise = "" if found["noise"] is None else f" ± {found['noise'] * scale:.{digits}f}"
-        gap = f"{change:+.{digits}f}{noise} ({found['best']})"
+        gap = f"{change:+.{digits}f} ± {found['noise'] * scale:.{digits}f} ({found['best']})"
     columns = [*([shown(cell["whole"])] if kind == "quality" else []), *map(shown, means), gap]
-    mark = "°" if cell.get("earlier") else ""
-    return f"| {cell['subject']}{mark} | {short(cell)} | {' | '.join(columns)} |"
+    return f"| {cell['subject']} | {short(cell)} | {' | '.join(columns)} |"
 
 
 def short(cell: Mapping[str, Any]) -> str:
